@@ -1,0 +1,130 @@
+"""Ray: connect or start, ask what there is, and refuse a pool that would starve its readers."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import ResourceConfig
+from pipeline.errors import ConfigError
+
+_CONNECT_HINT = "is a Ray cluster running there, and is its token in RAY_AUTH_TOKEN_PATH?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """What the flow may use: actors with the CPUs and GPUs of each, and what is left for tasks."""
+
+    num_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    task_cpus: float
+
+
+@contextmanager
+def connect(address: str | None, resources: ResourceConfig, threads: int) -> Iterator[None]:
+    """A Ray session for the duration of a run: the caller's, a cluster's, or one of our own.
+
+    A session that exists already is used and left as it is. Without an address a local one is
+    started, with a CPU more than the machine has, because reading and writing wait more than
+    they compute. Raises ConfigError if the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    import ray.data
+
+    if ray.is_initialized():
+        _be_quiet()
+        yield
+        return
+    try:
+        if address is None:
+            wanted = (resources.actors or _cores()) * max(1, threads)
+            ray.init(
+                address="local",
+                num_cpus=max(_cores(), wanted) + 1,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=resources.object_store_bytes or None,
+            )
+            _protect_token()
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        brief = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"cannot connect to Ray at {address!r}: {brief}; {_CONNECT_HINT}") from None
+    _be_quiet()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _protect_token() -> None:
+    """Ray leaves its token readable by everyone; it is full control of the cluster."""
+    with suppress(OSError):
+        Path("~/.ray/auth_token").expanduser().chmod(0o600)
+
+
+def _be_quiet() -> None:
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data._internal").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def plan_pool(resources: ResourceConfig, threads: int, num_works: int) -> Pool:
+    """How many actors, with what. Raises ConfigError where the readers would find no CPU.
+
+    One actor a GPU where there are GPUs; else one a CPU core, each with `threads` threads.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    on_gpu = gpus >= 1 and resources.device != "cpu"
+    if resources.device == "cuda" and not on_gpu:
+        raise ConfigError("resources.device is cuda, but the cluster has no GPU")
+    per_actor = float(max(1, threads))
+    tasks = resources.read_tasks_cpus + resources.finish_tasks_cpus
+    if on_gpu:
+        actors = resources.actors or int(gpus)
+        if actors > gpus:
+            raise ConfigError(f"{actors} actors need {actors} GPUs, the cluster has {gpus:g}")
+    else:
+        actors = resources.actors or max(1, int((cpus - tasks) // per_actor))
+    if resources.actors == 0:
+        actors = max(1, min(actors, num_works))
+    if actors * per_actor + tasks > cpus:
+        raise ConfigError(
+            f"{actors} actors of {per_actor:g} CPUs would leave {cpus - actors * per_actor:g} of the "
+            f"cluster's {cpus:g} CPUs for reading and writing, which need {tasks:g}: the run would "
+            "hang; set resources.actors lower"
+        )
+    return Pool(
+        num_actors=actors,
+        cpus_per_actor=per_actor,
+        gpus_per_actor=1.0 if on_gpu else 0.0,
+        task_cpus=tasks,
+    )
+
+
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Bounded retries can only be asked for through arguments that Ray 2.60 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.*")
+        yield

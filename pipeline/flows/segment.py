@@ -1,0 +1,682 @@
+"""Segment: plan -> read -> decode and predict -> finish and write -> verify -> publish.
+
+Three Ray Data operators over rows that are whole shards. The readers (CPU tasks) hand over
+encoded bytes; a fixed pool of actors decodes them in sandboxed children beside the device, so
+pixels never travel between Ray's processes, and predicts; finishers (CPU tasks) write one part a
+shard and return a receipt. Only receipts reach the driver, which alone commits.
+"""
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from threading import local
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import results, storage
+from pipeline.bundle import Bundle, build_model, load_bundle
+from pipeline.cases import (
+    CaseRows,
+    DecodedCase,
+    PredictedCase,
+    decode_case,
+    finish_case,
+    mark_unusable,
+    pack_predicted,
+    unpack_predicted,
+)
+from pipeline.config import SegmentConfig, decode
+from pipeline.errors import BadImage, ConfigError, ResegError, RunStalled, StorageError, TooManyBadImages
+from pipeline.flows.cluster import Pool, connect, plan_pool, quiet_deprecations
+from pipeline.formats import FORMATS, Source
+from pipeline.planning import check_run_id, make_plan
+from pipeline.records import (
+    STATUS_OK,
+    EncodedCase,
+    EncodedSlice,
+    ErrorClass,
+    Problem,
+    Receipt,
+    Work,
+    work_from_json,
+)
+from pipeline.results import RunPlan
+from pipeline.sandbox import Sandbox
+from pipeline.telemetry import log_event
+
+_log = logging.getLogger("reseg.segment")
+
+STAGES = ("read", "predict", "finish")
+_MAX_BYTES_IN_ROW = 512 << 20
+_LOOKAHEAD = 2
+
+Report = Callable[[int, int, str, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What every worker of a run knows; small, and the same for all."""
+
+    run_id: str
+    results: str
+    source: Source
+    bundle_uri: str
+    bundle_digest: str
+    config: SegmentConfig
+    config_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a run did, for people and for `--json`."""
+
+    run_id: str
+    night: int | None
+    published: bool
+    resumed: bool
+    counts: Mapping[str, Any]
+    computed_images: int
+    bad_by_class: Mapping[str, int]
+    seconds: float
+    stage_seconds: Mapping[str, float]
+    notes: Sequence[str] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """The object that `reseg segment --json` prints."""
+        values = asdict(self)
+        counts = values.pop("counts")
+        return {**values, "cases": counts["cases"], "images": counts["images"]}
+
+
+def run_segment(
+    location: str,
+    results_location: str,
+    bundle_location: str,
+    config: SegmentConfig,
+    *,
+    run_id: str | None = None,
+    limit: int | None = None,
+    address: str | None = None,
+    report: Report | None = None,
+) -> Summary:
+    """Bring the results up to date with source, bundle and configuration; publish one night.
+
+    Does nothing if nothing changed. Finishes an unfinished run whose plan still holds, and takes
+    over from one that no longer holds the shards that are still the same. Raises ResegError.
+    """
+    started = time.monotonic()
+    report = report or _silent
+    bundle = load_bundle(bundle_location)
+    results_uri = storage.resolve(results_location)
+    storage.check_writable(results_uri)
+    plan, resumed = _find_or_make_plan(
+        location, results_uri, bundle, config, run_id, limit, lambda d, t, w: report(d, t, w, "")
+    )
+    if plan.base_night is not None or resumed:
+        done = results.published_version(results_uri, "masks", plan.run_id)
+        if done is not None:
+            results.close_run(results_uri, plan.run_id)
+            return _summary(plan, [], done, started, resumed=True, published=True)
+    if not plan.works and not plan.removed:
+        return _summary(plan, [], plan.base_night, started, resumed=False, published=False)
+    build_model(bundle)
+    if not resumed:
+        results.save_plan(results_uri, plan)
+        for abandoned in results.open_runs(results_uri):
+            if abandoned != plan.run_id:
+                results.adopt_receipts(results_uri, plan, abandoned)
+    receipts = _compute(plan, results_uri, bundle, config, address, report)
+    return _publish(plan, results_uri, receipts, config, started, resumed=resumed)
+
+
+def _silent(done: int, total: int, what: str, note: str) -> None:
+    """No progress is wanted."""
+
+
+def _find_or_make_plan(
+    location: str,
+    results_uri: str,
+    bundle: Bundle,
+    config: SegmentConfig,
+    run_id: str | None,
+    limit: int | None,
+    progress: Callable[[int, int, str], None],
+) -> tuple[RunPlan, bool]:
+    """The plan to carry out, and whether it is that of a run that was started before."""
+    if run_id is not None:
+        frozen = results.load_plan(results_uri, check_run_id(run_id))
+        if frozen is not None:
+            _check_frozen(frozen, bundle, config)
+            return frozen, True
+    plan = make_plan(
+        location, results_uri, bundle, config, run_id=run_id, limit=limit, progress=progress
+    )
+    if run_id is None:
+        for candidate in results.open_runs(results_uri):
+            frozen = results.load_plan(results_uri, candidate)
+            if frozen is not None and _is_same_plan(frozen, plan):
+                return frozen, True
+    return plan, False
+
+
+def _is_same_plan(frozen: RunPlan, plan: RunPlan) -> bool:
+    return (
+        frozen.base_night == plan.base_night
+        and frozen.work_keys() == plan.work_keys()
+        and frozen.removed == plan.removed
+    )
+
+
+def _check_frozen(frozen: RunPlan, bundle: Bundle, config: SegmentConfig) -> None:
+    from pipeline.config import output_digest
+
+    if frozen.bundle["digest"] != bundle.digest:
+        raise ConfigError(
+            f"run {frozen.run_id} was planned with the bundle {frozen.bundle['digest'][:12]} "
+            f"({frozen.bundle['uri']}), not {bundle.digest[:12]}; finish it with that one, or "
+            "start another run"
+        )
+    if frozen.config_digest != output_digest(config):
+        raise ConfigError(
+            f"run {frozen.run_id} was planned with another configuration; it is in its config.json; "
+            "finish it with that one, or start another run"
+        )
+
+
+# The driver
+
+
+def _compute(
+    plan: RunPlan,
+    results_uri: str,
+    bundle: Bundle,
+    config: SegmentConfig,
+    address: str | None,
+    report: Report,
+) -> dict[str, Receipt]:
+    """Get a receipt for every planned shard, computing those that have none yet."""
+    receipts = results.load_receipts(results_uri, plan)
+    todo = [work for work in plan.works if work.shard_id not in receipts]
+    if not todo:
+        return receipts
+    source = Source(
+        uri=plan.source["uri"],
+        format=plan.source["format"],
+        config=config.source,
+        limits=config.limits,
+        num_buckets=plan.source["num_buckets"],
+    )
+    job = Job(
+        run_id=plan.run_id,
+        results=results_uri,
+        source=source,
+        bundle_uri=bundle.uri,
+        bundle_digest=bundle.digest,
+        config=config,
+        config_digest=plan.config_digest,
+    )
+    started, images = time.monotonic(), 0
+    with connect(address, config.resources, config.inference.threads):
+        pool = plan_pool(config.resources, config.inference.threads, len(todo))
+        log_event(_log, "run", run=plan.run_id, shards=len(todo), actors=pool.num_actors)
+        for receipt in _stream_receipts(todo, job, pool):
+            receipts[receipt.shard_id] = receipt
+            images += receipt.num_computed
+            rate = images / max(time.monotonic() - started, 1e-9)
+            report(len(receipts), len(plan.works), "shards", f"{rate:,.1f} images/s")
+            log_event(_log, "shard", run=plan.run_id, shard=receipt.shard_id, **receipt.seconds)
+    return receipts
+
+
+def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Receipt]:
+    """Run the three operators; yield each shard's receipt as it comes."""
+    import ray.data
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
+
+    context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = job.config.resources.stall_timeout_s
+    resources = job.config.resources
+    largest_first = sorted(todo, key=lambda work: (-work.size_bytes, work.shard_id))
+    works = [{"work": work.to_json()} for work in largest_first]
+    retries = resources.max_retries
+    with quiet_deprecations():
+        dataset = (
+            ray.data.from_items(works, override_num_blocks=len(works))
+            .map_batches(
+                _read_stage,
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_kwargs={"job": job},
+                num_cpus=resources.read_tasks_cpus,
+                max_retries=retries,
+            )
+            .map_batches(
+                _PredictStage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_kwargs={"job": job},
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.num_actors, max_tasks_in_flight_per_actor=2
+                ),
+                num_cpus=pool.cpus_per_actor,
+                num_gpus=pool.gpus_per_actor or None,
+                max_restarts=-1,
+                max_task_retries=retries,
+            )
+            .map_batches(
+                _finish_stage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={"job": job},
+                num_cpus=resources.finish_tasks_cpus,
+                max_retries=retries,
+            )
+        )
+    try:
+        for row in dataset.iter_rows():
+            yield results.receipt_from_json(row["receipt"])
+    except ExecutionTimeoutError as error:
+        raise RunStalled(_stalled(str(error), resources.stall_timeout_s)) from None
+    except RayError as error:
+        raise _cause(error, job.run_id) from None
+
+
+def _stalled(message: str, timeout_s: float) -> str:
+    """The stages that still had work, from Ray's own account."""
+    running = [line.strip("- ") for line in message.splitlines() if line.startswith("  - ")]
+    names = {"_read_stage": "read", "_PredictStage": "predict", "_finish_stage": "finish"}
+    stages = [
+        f"{stage} ({line.partition(':')[2].strip()})"
+        for line in running
+        for key, stage in names.items()
+        if key in line
+    ]
+    return (
+        f"no stage moved for {timeout_s:g} s; still running: {'; '.join(stages) or 'unknown'}; "
+        "the same command resumes the run"
+    )
+
+
+def _cause(error: BaseException, run_id: str) -> ResegError:
+    """The error of a worker as one sentence; ours pass through."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ResegError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    text = str(error)
+    stage = next((s for n, s in (("_read", "read"), ("_Predict", "predict"), ("_finish", "finish")) if n in text), "unknown")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return StorageError(
+        f"the {stage} stage failed more often than it may: {(lines or ['?'])[-1][:300]}; what is done "
+        f"is kept, the same command resumes run {run_id}"
+    )
+
+
+def _publish(
+    plan: RunPlan,
+    results_uri: str,
+    receipts: dict[str, Receipt],
+    config: SegmentConfig,
+    started: float,
+    *,
+    resumed: bool,
+) -> Summary:
+    """Verify, judge the share of bad images, commit."""
+    ordered = [receipts[work.shard_id] for work in plan.works]
+    results.verify_receipts(results_uri, plan, receipts)
+    total, bad = night_totals(plan, ordered)
+    if total and bad / total > config.max_bad_share:
+        raise TooManyBadImages(
+            f"{bad} of {total} images are bad ({bad / total:.1%}, allowed are "
+            f"{config.max_bad_share:.1%}): {_classes_in_words(results_uri, ordered)}; run "
+            f"{plan.run_id} is complete but not published; the same command with a higher "
+            "--max-bad-share publishes it at once"
+        )
+    record = {
+        "bundle": dict(plan.bundle),
+        "config": dict(plan.config),
+        "config_digest": plan.config_digest,
+        "source": dict(plan.source),
+        "counts": _final_counts(plan, ordered),
+        "code": dict(plan.code),
+        "bad_by_class": bad_by_class(results_uri, ordered),
+    }
+    night = results.publish(results_uri, plan, receipts, record)
+    for finished in results.open_runs(results_uri):
+        results.close_run(results_uri, finished)
+    log_event(_log, "published", run=plan.run_id, night=night, images=total, bad=bad)
+    return _summary(plan, ordered, night, started, resumed=resumed, published=True, results_uri=results_uri)
+
+
+def night_totals(plan: RunPlan, receipts: Sequence[Receipt]) -> tuple[int, int]:
+    """Images and bad images of the night that the run makes, unchanged shards included."""
+    copied = sum(receipt.num_images - receipt.num_computed for receipt in receipts)
+    untouched = plan.counts["images"]["unchanged"] - copied
+    bad_untouched = plan.counts["images"]["bad"] - sum(
+        receipt.num_bad for receipt in receipts if receipt.num_computed == 0
+    )
+    total = untouched + sum(receipt.num_images for receipt in receipts)
+    return total, max(0, bad_untouched) + sum(receipt.num_bad for receipt in receipts)
+
+
+def _final_counts(plan: RunPlan, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    _, bad = night_totals(plan, receipts)
+    counts = {key: dict(value) for key, value in plan.counts.items()}
+    counts["images"]["bad"] = bad
+    return counts
+
+
+def bad_by_class(results_uri: str, receipts: Sequence[Receipt]) -> dict[str, int]:
+    """How many images of the written parts have each error class."""
+    found: dict[str, int] = {}
+    for receipt in receipts:
+        if receipt.num_bad and receipt.masks is not None:
+            rows = results.read_part(results_uri, "masks", receipt.masks.path, ["error_class"])
+            for name in rows.column("error_class").to_pylist():
+                if name is not None:
+                    found[name] = found.get(name, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _classes_in_words(results_uri: str, receipts: Sequence[Receipt]) -> str:
+    found = bad_by_class(results_uri, receipts)
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "from earlier nights"
+
+
+def _summary(
+    plan: RunPlan,
+    receipts: Sequence[Receipt],
+    night: int | None,
+    started: float,
+    *,
+    resumed: bool,
+    published: bool,
+    results_uri: str = "",
+) -> Summary:
+    stages: dict[str, float] = {}
+    for receipt in receipts:
+        for name, value in receipt.seconds.items():
+            stages[name] = round(stages.get(name, 0.0) + value, 3)
+    return Summary(
+        run_id=plan.run_id,
+        night=night,
+        published=published,
+        resumed=resumed,
+        counts=_final_counts(plan, receipts) if receipts else plan.counts,
+        computed_images=sum(receipt.num_computed for receipt in receipts),
+        bad_by_class=bad_by_class(results_uri, receipts) if results_uri else {},
+        seconds=round(time.monotonic() - started, 3),
+        stage_seconds=stages,
+        notes=tuple(dict.fromkeys(note for receipt in receipts for note in receipt.notes)),
+    )
+
+
+# The workers
+
+
+def _read_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
+    """Shards to their encoded bytes; a shard too large for a row stays a reference."""
+    for data in batch.column("work").to_pylist():
+        work = work_from_json(data)
+        started = time.monotonic()
+        payload = None
+        if work.size_bytes <= _MAX_BYTES_IN_ROW:
+            payload = pack_encoded(_read_cases(work, job))
+        row = {
+            "work": pa.array([data], pa.binary()),
+            "payload": pa.array([payload], pa.large_binary()),
+            "read_s": pa.array([time.monotonic() - started], pa.float64()),
+        }
+        yield pa.table(row)
+
+
+def _read_cases(work: Work, job: Job) -> Iterator[EncodedCase]:
+    if not work.compute:
+        return iter(())
+    return FORMATS[work.format].read_cases(job.source, work.path, work.compute)
+
+
+class _PredictStage:
+    """An actor: decoders in children, the network on its device, one shard a call."""
+
+    def __init__(self, job: Job) -> None:
+        from pipeline.inference import Predictor, keep_freed_memory
+
+        keep_freed_memory()
+        bundle = load_bundle(job.bundle_uri)
+        if bundle.digest != job.bundle_digest:
+            raise ConfigError(
+                f"the bundle {job.bundle_uri} is no longer the one that the run was planned with"
+            )
+        self._job = job
+        self._num_labels = len(bundle.labels)
+        self._predictor = Predictor(bundle, job.config.inference, job.config.resources.device)
+        self._decoders = ThreadPoolExecutor(job.config.resources.decoders)
+        self._thread = local()
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for index in range(batch.num_rows):
+            work = work_from_json(batch.column("work")[index].as_py())
+            payload = batch.column("payload")[index]
+            encoded = (
+                unpack_encoded(memoryview(payload.as_buffer()))
+                if payload.is_valid
+                else _read_cases(work, self._job)
+            )
+            started = time.monotonic()
+            self._decode_s = 0.0
+            predicted = predict_cases(self._decoded(encoded), self._predictor)
+            packed = pack_predicted(predicted)
+            told = {
+                "read": batch.column("read_s")[index].as_py(),
+                "decode": self._decode_s,
+                "predict": time.monotonic() - started,
+                "numerics": self._predictor.numerics,
+                "notes": self._predictor.notes,
+            }
+            yield pa.table(
+                {
+                    "work": batch.column("work").slice(index, 1),
+                    "predicted": pa.array([packed], pa.large_binary()),
+                    "told": pa.array([json.dumps(told)], pa.string()),
+                }
+            )
+
+    def _decoded(self, encoded: Iterable[EncodedCase]) -> Iterator[DecodedCase]:
+        """Decode a few cases ahead of the network, in order."""
+        ahead: deque[Future[DecodedCase]] = deque()
+        depth = self._job.config.resources.decoders + _LOOKAHEAD
+        for case in encoded:
+            ahead.append(self._decoders.submit(self._decode, case))
+            if len(ahead) >= depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _decode(self, case: EncodedCase) -> DecodedCase:
+        limits = self._job.config.limits
+        if not hasattr(self._thread, "sandbox"):
+            self._thread.sandbox = Sandbox(
+                max_pixels=limits.max_pixels,
+                timeout_s=limits.decode_timeout_s,
+                memory_bytes=limits.decode_memory_bytes,
+            )
+        started = time.monotonic()
+        decoded = decode_case(
+            case, self._thread.sandbox, self._job.config.source, self._num_labels
+        )
+        self._decode_s += time.monotonic() - started
+        return decoded
+
+
+def predict_cases(decoded: Iterable[DecodedCase], predictor: Any) -> list[PredictedCase]:
+    """Predict all cases of a shard; a case without a usable slice passes by the network."""
+    cases: list[DecodedCase] = []
+
+    def volumes() -> Iterator[Any]:
+        for case in decoded:
+            cases.append(case)
+            if case.volume_ZHWC is not None:
+                yield case.volume_ZHWC
+                case.volume_ZHWC = None
+                case_has_volume.add(id(case))
+
+    case_has_volume: set[int] = set()
+    outcomes = list(predictor.predict(volumes()))
+    predicted, position = [], 0
+    for case in cases:
+        if id(case) not in case_has_volume:
+            predicted.append(PredictedCase(decoded=case))
+            continue
+        outcome = outcomes[position]
+        position += 1
+        if isinstance(outcome, BadImage):
+            mark_unusable(case, outcome)
+            predicted.append(PredictedCase(decoded=case))
+            continue
+        predicted.append(
+            PredictedCase(
+                decoded=case,
+                labels_ZHW=outcome.labels_ZHW,
+                confidence_ZHW=outcome.confidence_ZHW,
+                nonfinite_Z=None if outcome.finite_Z.all() else ~outcome.finite_Z,
+                trace=outcome.trace,
+            )
+        )
+    return predicted
+
+
+def _finish_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
+    """Predicted shards to parts and receipts."""
+    bundle = load_bundle(job.bundle_uri)
+    for index in range(batch.num_rows):
+        work = work_from_json(batch.column("work")[index].as_py())
+        told = json.loads(batch.column("told")[index].as_py())
+        packed = batch.column("predicted")[index].as_buffer()
+        started = time.monotonic()
+        rows = [
+            finish_case(case, bundle.recipe, bundle.labels) for case in unpack_predicted(packed)
+        ]
+        finished = time.monotonic()
+        receipt = write_shard(work, rows, job, told)
+        seconds = {
+            **{name: round(told[name], 4) for name in ("read", "decode", "predict")},
+            "finish": round(finished - started, 4),
+            "write": round(time.monotonic() - finished, 4),
+        }
+        filed = results.put_receipt(
+            job.results, job.run_id, _with_seconds(receipt, seconds, told["notes"])
+        )
+        yield pa.table({"receipt": pa.array([filed.to_json()], pa.binary())})
+
+
+def _with_seconds(receipt: Receipt, seconds: dict[str, float], notes: list[str]) -> Receipt:
+    from dataclasses import replace
+
+    return replace(receipt, seconds=seconds, notes=tuple(notes))
+
+
+def write_shard(
+    work: Work, computed: Sequence[CaseRows], job: Job, told: Mapping[str, Any]
+) -> Receipt:
+    """Write a shard's three parts: computed rows, and those copied from the published night."""
+    shard = {
+        "shard_id": work.shard_id,
+        "shard_version": work.version,
+        "bundle_digest": job.bundle_digest,
+        "config_digest": job.config_digest,
+    }
+    mine = {**shard, "run_id": job.run_id}
+    versions = {case.case_id: case.version for case in work.compute} | dict(work.copy)
+    case_index = {case_id: index for index, case_id in enumerate(sorted(versions))}
+    tables = {}
+    for table in results.TABLES:
+        rows = [{**mine, **row} for case in computed for row in getattr(case, table)]
+        rows += [{**row, **shard} for row in _copied_rows(work, table, job.results)]
+        for row in rows:
+            if table == "masks":
+                row["case_index"] = case_index[row["case_id"]]
+                row["case_version"] = versions[row["case_id"]]
+                row.setdefault("numerics", told["numerics"])
+        rows.sort(key=lambda row: (row["case_id"], row.get("slice_index", 0), row.get("label", 0)))
+        tables[table] = pa.Table.from_pylist(rows, schema=results.table_schema(table))
+    masks = tables["masks"]
+    return Receipt(
+        shard_id=work.shard_id,
+        work_key=work.key(job.bundle_digest, job.config_digest),
+        num_cases=len(case_index),
+        num_images=masks.num_rows,
+        num_bad=sum(status != STATUS_OK for status in masks.column("status").to_pylist()),
+        num_computed=sum(len(case.masks) for case in computed),
+        **{
+            table: results.write_part(job.results, table, tables[table], work.shard_id)
+            for table in results.TABLES
+        },
+    )
+
+
+def _copied_rows(work: Work, table: str, results_uri: str) -> list[dict[str, Any]]:
+    old: str | None = getattr(work.old, table)
+    if not work.copy or old is None:
+        return []
+    wanted = {case_id for case_id, _ in work.copy}
+    rows = results.read_part(results_uri, table, old).to_pylist()
+    return [row for row in rows if row["case_id"] in wanted]
+
+
+# Encoded cases in one buffer
+
+
+def pack_encoded(cases: Iterable[EncodedCase]) -> bytes:
+    """Encoded cases as one buffer: a JSON index, then all bytes; `unpack_encoded` is the inverse."""
+    index, blobs = [], []
+    for case in cases:
+        slices = []
+        for item in case.slices:
+            problem = item.problem and [item.problem.error_class, item.problem.message]
+            sizes = [None if data is None else len(data) for data in (item.image, item.mask)]
+            digests = [item.image_sha256, item.mask_sha256]
+            slices.append([item.name, item.source_uri, *sizes, *digests, problem])
+            blobs += [data for data in (item.image, item.mask) if data is not None]
+        index.append([case.case_id, case.spacing_mm, slices])
+    header = json.dumps(index).encode()
+    return b"".join([len(header).to_bytes(8, "little"), header, *blobs])
+
+
+def unpack_encoded(view: memoryview) -> Iterator[EncodedCase]:
+    """Cases out of `pack_encoded`'s buffer, one at a time."""
+    length = int.from_bytes(view[:8], "little")
+    position = 8 + length
+
+    def take(size: int | None) -> bytes | None:
+        nonlocal position
+        if size is None:
+            return None
+        data, position = bytes(view[position : position + size]), position + size
+        return data
+
+    for case_id, spacing_mm, stored in json.loads(bytes(view[8 : 8 + length])):
+        slices = []
+        for name, uri, image, mask, image_sha256, mask_sha256, problem in stored:
+            slices.append(
+                EncodedSlice(
+                    name=name,
+                    source_uri=uri,
+                    image=take(image),
+                    mask=take(mask),
+                    image_sha256=image_sha256,
+                    mask_sha256=mask_sha256,
+                    problem=problem
+                    and Problem(error_class=ErrorClass(problem[0]), message=problem[1]),
+                )
+            )
+        yield EncodedCase(
+            case_id=case_id, slices=slices, spacing_mm=tuple(spacing_mm) if spacing_mm else None
+        )

@@ -1,0 +1,273 @@
+"""Parquet case shards, as `reseg shard` writes them, and plain tables of images.
+
+A case shard has one row a case: `case_id`, `slice_names`, `images` (encoded), `masks` (encoded,
+null where there is none), `spacing_mm`, `image_sha256`, `mask_sha256`. A plain table has one row
+an image: `key` (or `case_id`), `image` and, if there are references, `mask`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import BadImage, ErrorClass
+from pipeline.formats.patterns import MISSING_MASK, natural_key
+from pipeline.formats.source import FORMATS, Format, Listing, Source, broken_shard, read_case
+from pipeline.formats.tar import list_archives
+from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, SliceRef, sha256_hex
+
+_SUFFIXES = (".parquet",)
+
+CASE_SCHEMA = pa.schema(
+    [
+        ("case_id", pa.string()),
+        ("slice_names", pa.list_(pa.string())),
+        ("images", pa.list_(pa.large_binary())),
+        ("masks", pa.list_(pa.large_binary())),
+        ("spacing_mm", pa.list_(pa.float64())),
+        ("image_sha256", pa.list_(pa.string())),
+        ("mask_sha256", pa.list_(pa.string())),
+    ]
+)
+_KEY_COLUMNS = ("key", "case_id")
+
+
+def list_shards(source: Source) -> Listing:
+    """Each Parquet file is a shard."""
+    return list_archives(source, _SUFFIXES, "parquet")
+
+
+def _open(source: Source, path: str) -> pq.ParquetFile:
+    """Open a shard with its page checksums verified. Raises BadImage."""
+    uri = storage.join(source.uri, path)
+    try:
+        file = pq.ParquetFile(
+            pa.PythonFile(storage.open_reader(uri), mode="r"), page_checksum_verification=True
+        )
+    except (pa.ArrowException, OSError) as error:
+        message = f"it is not a whole Parquet file ({type(error).__name__})"
+        raise BadImage(ErrorClass.CORRUPT_PARQUET, message) from None
+    return file
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list_of(kind: pa.DataType, test: Any) -> bool:
+    return bool(
+        (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and test(kind.value_type)
+    )
+
+
+def _layout(schema: pa.Schema) -> str:
+    """"cases" or the name of the key column of a plain table. Raises BadImage."""
+    kinds = {field.name: field.type for field in schema}
+    if (
+        _is_text(kinds.get("case_id", pa.null()))
+        and _is_list_of(kinds.get("slice_names", pa.null()), _is_text)
+        and _is_list_of(kinds.get("images", pa.null()), _is_binary)
+        and _is_list_of(kinds.get("masks", pa.list_(pa.binary())), _is_binary)
+    ):
+        return "cases"
+    masks_fit = "mask" not in kinds or _is_binary(kinds["mask"])
+    for name in _KEY_COLUMNS:
+        if _is_text(kinds.get(name, pa.null())) and masks_fit and _is_binary(
+            kinds.get("image", pa.null())
+        ):
+            return name
+    found = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    raise BadImage(
+        ErrorClass.SCHEMA_MISMATCH,
+        "wanted are case_id: string, slice_names: list<string>, images: list<binary>, or "
+        f"key: string, image: binary, mask: binary; found are {found[:300]}",
+    )
+
+
+def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
+    """The cases of a shard by its id columns; no pixel is read."""
+    name = shard.path or source.uri.rsplit("/", 1)[-1]
+    try:
+        with _open(source, shard.path) as file:
+            layout = _layout(file.schema_arrow)
+            return _cases(source, file, layout, shard.path)
+    except BadImage as error:
+        return [broken_shard(name, error.error_class, error.message)]
+    except (pa.ArrowException, OSError) as error:
+        message = f"its columns cannot be read ({type(error).__name__})"
+        return [broken_shard(name, ErrorClass.CORRUPT_PARQUET, message)]
+
+
+def _cases(source: Source, file: pq.ParquetFile, layout: str, path: str) -> list[CaseRef]:
+    schema = file.schema_arrow
+    wanted = ["case_id", "slice_names", "spacing_mm"] if layout == "cases" else [layout]
+    rows = file.read(columns=[n for n in wanted if n in schema.names]).to_pylist()
+    masks = _masks_present(file, layout) if source.config.references == "auto" else []
+    expected = any(any(item) for item in masks)
+    cases, seen = [], dict[str, int]()
+    for number, row in enumerate(rows):
+        case_id = row["case_id" if layout == "cases" else layout]
+        names = _slice_names(row["slice_names"]) if layout == "cases" else ["0"]
+        problem = None
+        if case_id is None:
+            case_id = f"row {number}"
+        seen[case_id] = seen.get(case_id, 0) + 1
+        if seen[case_id] > 1:
+            message = "an earlier row of the shard has the same case id"
+            problem = Problem(error_class=ErrorClass.DUPLICATE_KEY, message=message)
+            case_id = f"{case_id}~{seen[case_id]}"
+        present = masks[number] if masks else []
+        slices = [
+            SliceRef(
+                name=name,
+                image=Locator(path=path, offset=number, size=0, version=str(index)),
+                mask=Locator(path=path, offset=number, size=0, version=str(index)),
+                problem=problem
+                or (MISSING_MASK if expected and not present[index : index + 1] == [True] else None),
+            )
+            for index, name in enumerate(names)
+        ]
+        slices.sort(key=lambda item: natural_key(item.name))
+        spacing = row.get("spacing_mm")
+        cases.append(
+            CaseRef(
+                case_id=case_id,
+                slices=tuple(slices),
+                spacing_mm=tuple(spacing) if spacing else None,
+            )
+        )
+    return cases
+
+
+def _slice_names(stored: list[str | None] | None) -> list[str]:
+    """Names that are there, differ, and hold no `/`; a row without slices has one, which is bad."""
+    names: list[str] = []
+    for index, name in enumerate(stored or ["0"]):
+        name = str(index) if name is None else name.replace("/", "_")
+        names.append(name if name not in names else f"{name}~{index}")
+    return names
+
+
+def _masks_present(file: pq.ParquetFile, layout: str) -> list[list[bool]]:
+    """For each row and slice, whether it has a reference mask."""
+    schema = file.schema_arrow
+    if layout == "cases":
+        if "mask_sha256" not in schema.names:
+            return []
+        rows = file.read(columns=["mask_sha256"])["mask_sha256"].to_pylist()
+        return [[item is not None for item in row or []] for row in rows]
+    if "mask" not in schema.names:
+        return []
+    present: list[list[bool]] = []
+    for batch in file.iter_batches(batch_size=64, columns=["mask"]):
+        present.extend([bool(valid)] for valid in batch.column(0).is_valid().to_pylist())
+    return present
+
+
+def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
+    """Read the rows of the cases, a row group at a time, each row once."""
+    by_row = {_row_of(case): case for case in cases if case.slices}
+    with _open(source, path) as file:
+        layout = _layout(file.schema_arrow)
+        start = 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            rows = [row for row in range(start, stop) if row in by_row]
+            if rows:
+                yield from _read_group(source, file, group, start, layout, by_row)
+            start = stop
+
+
+def _row_of(case: CaseRef) -> int:
+    locator = case.slices[0].image
+    return locator.offset if locator else -1
+
+
+def _read_group(
+    source: Source,
+    file: pq.ParquetFile,
+    group: int,
+    start: int,
+    layout: str,
+    by_row: dict[int, CaseRef],
+) -> Iterator[EncodedCase]:
+    names = file.schema_arrow.names
+    plain = layout != "cases"
+    wanted = ["image", "mask"] if plain else ["images", "masks", "image_sha256", "mask_sha256"]
+    wanted = [name for name in wanted if name in names]
+    try:
+        table: pa.Table | None = file.read_row_group(group, columns=wanted)
+    except (pa.ArrowException, OSError):
+        table = None
+    for index in range(file.metadata.row_group(group).num_rows):
+        case = by_row.get(start + index)
+        if case is None:
+            continue
+        row = {} if table is None else {n: table.column(n)[index] for n in wanted}
+        yield _read_row(source, case, row, plain=plain, damaged=table is None)
+
+
+def _read_row(
+    source: Source, case: CaseRef, row: dict[str, Any], *, plain: bool, damaged: bool
+) -> EncodedCase:
+    def value(column: str, position: int) -> Any:
+        cell = row.get(column)
+        if cell is None or not cell.is_valid:
+            return None
+        if plain:
+            return cell.as_py()
+        return cell[position].as_py() if position < len(cell) else None
+
+    def fetch(column: str, digests: str, locator: Locator) -> bytes | Problem | None:
+        if damaged:
+            message = "the pages of its row group fail their checksums"
+            return Problem(error_class=ErrorClass.CORRUPT_PARQUET, message=message)
+        data = value(column, int(locator.version))
+        expected = None if plain else value(digests, int(locator.version))
+        if data is not None and expected is not None and sha256_hex(data) != expected:
+            message = "its bytes do not have the SHA-256 that the shard says"
+            return Problem(error_class=ErrorClass.CHECKSUM_MISMATCH, message=message)
+        return data if data is None or isinstance(data, Problem) else bytes(data)
+
+    slices = []
+    for ref in case.slices:
+        mask = ref.mask and fetch("mask" if plain else "masks", "mask_sha256", ref.mask)
+        image = ref.image and fetch("image" if plain else "images", "image_sha256", ref.image)
+        problem = ref.problem
+        if image is None and problem in (None, MISSING_MASK):
+            message = "the row has no image"
+            problem = Problem(error_class=ErrorClass.MISSING_IMAGE, message=message)
+        slices.append((ref, image, mask, problem))
+    fetched = {id(ref.image): image for ref, image, _, _ in slices}
+    fetched |= {id(ref.mask): mask for ref, _, mask, _ in slices}
+    trimmed = CaseRef(
+        case_id=case.case_id,
+        spacing_mm=case.spacing_mm,
+        slices=tuple(
+            SliceRef(
+                name=ref.name,
+                image=ref.image,
+                mask=ref.mask if mask is not None else None,
+                problem=problem,
+            )
+            for ref, _, mask, problem in slices
+        ),
+    )
+    return read_case(source, trimmed, lambda locator: _present(fetched[id(locator)]))
+
+
+def _present(data: bytes | Problem | None) -> bytes | Problem:
+    return b"" if data is None else data
+
+
+FORMATS.register("parquet")(
+    Format(
+        suffixes=_SUFFIXES, list_shards=list_shards, list_cases=list_cases, read_cases=read_cases
+    )
+)

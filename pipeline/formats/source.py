@@ -1,0 +1,143 @@
+"""What a format must offer, and what all of them share: reading one slice's bytes safely."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.config import LimitsConfig, SourceConfig
+from pipeline.errors import ErrorClass
+from pipeline.records import (
+    CaseRef,
+    EncodedCase,
+    EncodedSlice,
+    Locator,
+    Problem,
+    Shard,
+    SliceRef,
+    sha256_hex,
+)
+from pipeline.registry import Registry
+
+ARCHIVE_SLICE = "(shard)"
+"""Slice name of the row that stands for a whole shard that cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A resolved source: where, how its files become cases, and how it is cut into shards.
+
+    num_buckets: of a folder; 0 lets the first listing choose, results keep it from then on.
+    """
+
+    uri: str
+    format: str
+    config: SourceConfig
+    limits: LimitsConfig
+    num_buckets: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """All shards of a source, and the files in it that are not images."""
+
+    shards: tuple[Shard, ...]
+    ignored: tuple[str, ...] = ()
+    num_buckets: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One container. `suffixes` tell it apart when a source's format is detected.
+
+    list_shards(source) lists without opening shards; list_cases(source, shard) opens one but
+    reads no pixels; read_cases(source, path, cases) reads the encoded bytes of some cases of the
+    shard at `path`. All give the same cases in the same order every time; what cannot be read is
+    a problem in a row, not an exception.
+    """
+
+    suffixes: tuple[str, ...]
+    list_shards: Callable[[Source], Listing]
+    list_cases: Callable[[Source, Shard], list[CaseRef]]
+    read_cases: Callable[[Source, str, Sequence[CaseRef]], Iterator[EncodedCase]]
+
+
+FORMATS = Registry[Format]("source format")
+
+
+def broken_shard(path: str, error_class: ErrorClass, message: str) -> CaseRef:
+    """The case that stands for a shard, or the rest of one, that cannot be read."""
+    problem = Problem(error_class=error_class, message=message)
+    locator = Locator(path=path)
+    return CaseRef(
+        case_id=path, slices=(SliceRef(name=ARCHIVE_SLICE, image=locator, problem=problem),)
+    )
+
+
+def read_case(
+    source: Source, case: CaseRef, fetch: Callable[[Locator], bytes | Problem]
+) -> EncodedCase:
+    """Read the slices of one case through `fetch`, turning each failure into its row's problem."""
+    slices = []
+    for ref in case.slices:
+        item = EncodedSlice(
+            name=ref.name,
+            source_uri=_slice_uri(source, ref),
+            problem=ref.problem,
+        )
+        if is_usable(ref.problem):
+            if ref.image is not None:
+                item.image, item.image_sha256 = _fetch(item, ref.image, fetch)
+            if ref.mask is not None and source.config.references != "ignore":
+                item.mask, item.mask_sha256 = _fetch(item, ref.mask, fetch)
+        if item.problem is not None and item.problem.error_class == ErrorClass.MISSING_MASK:
+            item.problem = item.problem if source.config.references == "auto" else None
+        slices.append(item)
+    return EncodedCase(
+        case_id=case.case_id,
+        slices=slices,
+        spacing_mm=case.spacing_mm or source.config.spacing_mm or None,
+    )
+
+
+def is_usable(problem: Problem | None) -> bool:
+    """Whether an image with this problem can still be read: only its reference is missing."""
+    return problem is None or problem.error_class == ErrorClass.MISSING_MASK
+
+
+def _slice_uri(source: Source, ref: SliceRef) -> str:
+    locator = ref.image or ref.mask
+    return storage.join(source.uri, locator.path) if locator else source.uri
+
+
+def _fetch(
+    item: EncodedSlice, locator: Locator, fetch: Callable[[Locator], bytes | Problem]
+) -> tuple[bytes | None, str | None]:
+    data = fetch(locator)
+    if isinstance(data, Problem):
+        item.problem = data
+        return None, None
+    return data, sha256_hex(data)
+
+
+def read_file(source: Source, locator: Locator) -> bytes | Problem:
+    """Fetch a whole file, refusing what is too large or no longer what was listed."""
+    uri = storage.join(source.uri, locator.path)
+    if locator.size > source.limits.max_file_bytes:
+        message = f"{locator.size} bytes are over the limit of {source.limits.max_file_bytes}"
+        return Problem(error_class=ErrorClass.IMAGE_TOO_LARGE, message=message)
+    try:
+        info = storage.file_info(uri)
+        if info is None or info.version != locator.version:
+            return _changed("gone" if info is None else "another version")
+        data = storage.read(uri)
+    except OSError as error:
+        message = f"reading failed: {error.strerror or type(error).__name__}"
+        return Problem(error_class=ErrorClass.UNREADABLE_FILE, message=message)
+    if len(data) != locator.size:
+        return _changed("another size")
+    return data
+
+
+def _changed(what: str) -> Problem:
+    message = f"the file is not what was planned: {what}; the next run takes it up"
+    return Problem(error_class=ErrorClass.CHANGED_DURING_RUN, message=message)

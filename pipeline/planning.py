@@ -1,0 +1,345 @@
+"""What has to be done tonight: the source against the published night, before any GPU second.
+
+An unchanged shard is told by its version, unopened. In a changed one a case is unchanged if its
+version is, or, failing that, if its bytes are: they are hashed, so that touching files, copying
+them or writing the same shard again computes nothing.
+"""
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+import pipeline
+from pipeline import results, storage
+from pipeline.bundle import Bundle
+from pipeline.config import SegmentConfig, output_digest
+from pipeline.errors import RETRIED_ERRORS, ConfigError, ErrorClass, ResultsError, SourceError
+from pipeline.formats import FORMATS, Source, open_source
+from pipeline.records import STATUS_OK, CaseRef, OldParts, Problem, Shard, SliceRef, Work
+from pipeline.results import Night, PublishedShard, RunPlan
+
+Progress = Callable[[int, int, str], None]
+
+_STATES = ("new", "changed", "stale", "removed", "unchanged")
+_HASHING_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldCase:
+    """What the published night knows of a case."""
+
+    version: str
+    digest: str
+    num_images: int
+    num_bad: int
+
+
+class Counts:
+    """Cases and images by what happens to them."""
+
+    def __init__(self) -> None:
+        self.cases = dict.fromkeys(_STATES, 0)
+        self.images = dict.fromkeys(_STATES, 0)
+        self.bad = {"cases": 0, "images": 0}
+
+    def add(self, state: str, num_images: int, *, cases: int = 1) -> None:
+        """Count cases and their images under a state."""
+        self.cases[state] += cases
+        self.images[state] += num_images
+
+    def to_plain(self) -> dict[str, dict[str, int]]:
+        """For `--json`, the plan and the history."""
+        return {
+            "cases": {**self.cases, "bad": self.bad["cases"]},
+            "images": {**self.images, "bad": self.bad["images"]},
+        }
+
+
+def new_run_id() -> str:
+    """A run id that sorts by time; nothing relies on the clock."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def check_run_id(run_id: str) -> str:
+    """A user's run id, if it can name a folder. Raises ConfigError."""
+    allowed = run_id and len(run_id) <= 128 and not run_id.startswith(".") and run_id != "open"
+    if not allowed or not all(c.isalnum() or c in "-_.:+" for c in run_id):
+        raise ConfigError(f"--run-id {run_id!r}: letters, digits and -_.:+ are possible")
+    return run_id
+
+
+def make_plan(
+    location: str,
+    results_location: str,
+    bundle: Bundle,
+    config: SegmentConfig,
+    *,
+    run_id: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> RunPlan:
+    """Compare source, bundle and configuration with the published night.
+
+    limit: stop planning after so many cases; published shards are planned whole or left alone.
+    Reads listings, and the bytes of what may have changed; writes nothing. Raises SourceError or ResultsError.
+    """
+    results_uri = storage.resolve(results_location)
+    night = results.open_night(results_uri)
+    source = open_source(location, config.source, config.limits)
+    check_apart(source.uri, results_uri)
+    if night is not None:
+        _check_same_source(source, night)
+        source = replace(source, num_buckets=night.metadata["source"]["num_buckets"])
+    listing = FORMATS[source.format].list_shards(source)
+    source = replace(source, num_buckets=listing.num_buckets)
+    if not any(shard.cases is None or shard.cases for shard in listing.shards):
+        raise SourceError(_nothing_found(source, listing.ignored))
+    planner = _Planner(source, night, bundle.digest, output_digest(config), progress, limit)
+    works = tuple(planner.plan_shards(listing.shards))
+    return RunPlan(
+        run_id=run_id or new_run_id(),
+        base_night=None if night is None else night.number,
+        bundle={"uri": bundle.uri, "name": bundle.name, "digest": bundle.digest},
+        config=asdict(config),
+        config_digest=output_digest(config),
+        source=_describe(source),
+        works=works,
+        removed=tuple(planner.removed),
+        counts=planner.counts.to_plain(),
+        code=code_version(),
+    )
+
+
+def check_apart(source_uri: str, results_uri: str) -> None:
+    """Refuse results inside their own source, which would be read as images next night."""
+    if results_uri == source_uri or results_uri.startswith(f"{source_uri}/"):
+        raise ConfigError(f"the results {results_uri} would lie inside the source {source_uri}")
+
+
+def _nothing_found(source: Source, ignored: tuple[str, ...]) -> str:
+    found = f"{len(ignored)} other files, as {ignored[0]!r}" if ignored else "no file at all"
+    hint = ""
+    if source.config.images:
+        hint = f"; does the pattern {source.config.images!r} fit them?"
+    return f"{source.uri} holds no image: there is {found}{hint}"
+
+
+def code_version() -> dict[str, str]:
+    """What produced a run: versions of what decides bits and rows."""
+    return {
+        "reseg": pipeline.__version__,
+        "pyarrow": pa.__version__,
+        "operator": os.environ.get("USER", "") or str(os.getuid()),
+        "host": socket.gethostname(),
+    }
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    return {
+        "uri": source.uri,
+        "format": source.format,
+        "images": source.config.images,
+        "masks": source.config.masks,
+        "num_buckets": source.num_buckets,
+    }
+
+
+def _check_same_source(source: Source, night: Night) -> None:
+    """Results belong to one source; another one would look like everything removed."""
+    old = night.metadata["source"]
+    now = _describe(source)
+    for key in ("uri", "format", "images"):
+        if old[key] != now[key]:
+            raise ResultsError(
+                f"{night.results} holds the results of {key} = {old[key]!r}, not {now[key]!r}; "
+                "use another results folder"
+            )
+
+
+class _Planner:
+    """Goes through the shards once; keeps only counts, works and removed parts."""
+
+    def __init__(
+        self,
+        source: Source,
+        night: Night | None,
+        bundle_digest: str,
+        config_digest: str,
+        progress: Progress | None,
+        limit: int | None,
+    ) -> None:
+        self.source, self.night = source, night
+        self.bundle_digest, self.config_digest = bundle_digest, config_digest
+        self.progress, self.remaining = progress, limit
+        self.counts = Counts()
+        self.removed: list[OldParts] = []
+        self._format = FORMATS[source.format]
+        self._seen: dict[str, str] = {}
+
+    def plan_shards(self, shards: tuple[Shard, ...]) -> Iterator[Work]:
+        """Yield the work of each shard that has any."""
+        published = dict(self.night.shards) if self.night else {}
+        self._remember_unchanged(shards, published)
+        for number, shard in enumerate(shards, start=1):
+            work = self._plan_shard(shard, published.pop(shard.shard_id, None))
+            if work is not None:
+                yield work
+            if self.progress:
+                self.progress(number, len(shards), "planning")
+        for old in published.values():
+            if self.remaining is not None:
+                break
+            self.counts.add("removed", old.num_images, cases=old.num_cases)
+            self.removed.append(old.parts)
+
+    def _is_unchanged(self, shard: Shard, old: PublishedShard | None) -> bool:
+        return old is not None and self._same_model(old) and old.version == shard.version
+
+    def _same_model(self, old: PublishedShard) -> bool:
+        return (old.bundle_digest, old.config_digest) == (self.bundle_digest, self.config_digest)
+
+    def _remember_unchanged(
+        self, shards: tuple[Shard, ...], published: Mapping[str, PublishedShard]
+    ) -> None:
+        """Case ids of unchanged shards, so that a new shard cannot bring one a second time."""
+        if self.night is None or self.source.format == "folder":
+            return
+        unchanged = [s for s in shards if self._is_unchanged(s, published.get(s.shard_id))]
+        if len(unchanged) == len(shards):
+            return
+        for shard in unchanged:
+            for case_id in self._old_cases(published[shard.shard_id]):
+                self._seen.setdefault(case_id, shard.shard_id)
+
+    def _plan_shard(self, shard: Shard, old: PublishedShard | None) -> Work | None:
+        if old is not None and self._is_unchanged(shard, old) and not self._retry_needed(old):
+            self.counts.add("unchanged", old.num_images, cases=old.num_cases)
+            self.counts.bad["images"] += old.num_bad
+            return None
+        if self.remaining is not None and self.remaining <= 0:
+            return None
+        cases = [self._once(case, shard) for case in self._format.list_cases(self.source, shard)]
+        version = shard.version
+        if self.remaining is not None:
+            if old is None and len(cases) > self.remaining:
+                cases, version = cases[: self.remaining], f"{shard.version}-partial"
+            self.remaining -= len(cases)
+        old_cases = self._old_cases(old) if old is not None else {}
+        compute: list[CaseRef] = []
+        copy: list[tuple[str, str]] = []
+        fresh = old is not None and self._same_model(old)
+        for case, state in zip(cases, self._states(shard, cases, old_cases, fresh=fresh), strict=True):
+            self._count(state, case, old_cases.get(case.case_id))
+            if state == "unchanged":
+                copy.append((case.case_id, case.version or version))
+            else:
+                compute.append(replace(case, version=case.version or version))
+        gone = old_cases.keys() - {case.case_id for case in cases}
+        for case_id in gone:
+            self.counts.add("removed", old_cases[case_id].num_images)
+        if not compute and not gone:
+            return None
+        return Work(
+            shard_id=shard.shard_id,
+            path=shard.path,
+            format=shard.format,
+            version=version,
+            size_bytes=sum(case.size_bytes for case in compute) or shard.size_bytes,
+            compute=tuple(compute),
+            copy=tuple(copy),
+            old=old.parts if old is not None else OldParts(),
+        )
+
+    def _once(self, case: CaseRef, shard: Shard) -> CaseRef:
+        """The case, or a case of one bad row where another shard has its id already."""
+        first = self._seen.setdefault(case.case_id, shard.shard_id)
+        if first == shard.shard_id:
+            return case
+        message = "another shard of the source has the same case id"
+        problem = Problem(error_class=ErrorClass.DUPLICATE_KEY, message=message)
+        slices = tuple(replace(item, problem=problem) for item in case.slices)
+        return replace(case, case_id=f"{case.case_id}~{shard.shard_id[:8]}", slices=slices)
+
+    def _count(self, state: str, case: CaseRef, old: OldCase | None) -> None:
+        self.counts.add(state, old.num_images if old and state == "unchanged" else len(case.slices))
+        if state == "unchanged" and old is not None:
+            self.counts.bad["images"] += old.num_bad
+            self.counts.bad["cases"] += bool(old.num_bad)
+
+    def _states(
+        self,
+        shard: Shard,
+        cases: list[CaseRef],
+        old_cases: Mapping[str, OldCase],
+        *,
+        fresh: bool,
+    ) -> list[str]:
+        """For each case: new, changed, stale or unchanged."""
+        suspects = [
+            case
+            for case in cases
+            if case.case_id in old_cases
+            and old_cases[case.case_id].version != (case.version or shard.version)
+        ]
+        changed = {
+            case_id
+            for case_id, digest in self._digests(shard, suspects)
+            if digest != old_cases[case_id].digest
+        }
+        states = []
+        for case in cases:
+            if case.case_id not in old_cases:
+                states.append("new")
+            elif case.case_id in changed:
+                states.append("changed")
+            else:
+                states.append("unchanged" if fresh else "stale")
+        return states
+
+    def _digests(self, shard: Shard, cases: list[CaseRef]) -> Iterator[tuple[str, str]]:
+        """Content digests of cases, by reading them; several at once where files are apart."""
+
+        def digest(group: list[CaseRef]) -> list[tuple[str, str]]:
+            read = self._format.read_cases(self.source, shard.path, group)
+            return [(encoded.case_id, encoded.digest()) for encoded in read]
+
+        if self.source.format != "folder":
+            yield from digest(cases) if cases else []
+            return
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            for pairs in pool.map(digest, [[case] for case in cases]):
+                yield from pairs
+
+    def _retry_needed(self, old: PublishedShard) -> bool:
+        """Whether bad rows of an unchanged shard have causes that may have passed."""
+        if not old.num_bad or self.night is None or old.parts.masks is None:
+            return False
+        rows = results.read_part(self.night.results, "masks", old.parts.masks, ["error_class"])
+        return bool(set(rows.column("error_class").to_pylist()) & RETRIED_ERRORS)
+
+    def _old_cases(self, old: PublishedShard) -> dict[str, OldCase]:
+        """The cases of a published shard, from the small columns of its part."""
+        if old.parts.masks is None or self.night is None:
+            return {}
+        columns = ["case_id", "case_version", "case_digest", "status", "error_class"]
+        found: dict[str, OldCase] = {}
+        table = results.read_part(self.night.results, "masks", old.parts.masks, columns)
+        for row in table.to_pylist():
+            before = found.get(row["case_id"])
+            retry = row["error_class"] in RETRIED_ERRORS or (before and not before.version)
+            found[row["case_id"]] = OldCase(
+                version="" if retry else row["case_version"],
+                digest="" if retry else row["case_digest"],
+                num_images=(before.num_images if before else 0) + 1,
+                num_bad=(before.num_bad if before else 0) + (row["status"] != STATUS_OK),
+            )
+        return found
+
+

@@ -1,0 +1,81 @@
+"""What a run tells while it runs: a line of progress for people, JSON lines for machines.
+
+Log records hold run, shard and stage, counts and seconds; never a case id, a file name of a
+patient, or the text of a decoder's exception.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+
+class Progress:
+    """One line on a terminal, rewritten at most ten times a second; silent elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._stream = stream or sys.stderr
+        self._quiet = quiet or not self._stream.isatty()
+        self._started = time.monotonic()
+        self._written = 0.0
+        self._width = 0
+
+    def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
+        """Show `done` of `total`, and what is being done."""
+        now = time.monotonic()
+        if self._quiet or (now - self._written < 0.1 and done < total):
+            return
+        self._written = now
+        share = done / total if total else 1.0
+        bar = "#" * int(24 * share)
+        left = ""
+        if 0 < share < 1 and now - self._started > 3:
+            left = f", {_duration((now - self._started) * (1 - share) / share)} left"
+        line = f"{what} [{bar:<24}] {done:,}/{total:,}{f', {note}' if note else ''}{left}"
+        self._stream.write(f"\r{line:<{self._width}}")
+        self._width = len(line)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def log_event(logger: logging.Logger, event: str, **fields: Any) -> None:
+    """Write one structured record; fields are counts, seconds, run and shard ids."""
+    logger.info(json.dumps({"event": event, "time": time.time(), **fields}, sort_keys=True))
+
+
+def format_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:
+    """Rows as aligned text: numbers to the right, None as a dash."""
+    names = list(columns)
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells), 0) for i, name in enumerate(names)]
+    lines = ["  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))]
+    for line in cells:
+        lines.append(
+            "  ".join(
+                cell.rjust(width) if cell[:1].isdigit() or cell == "-" else cell.ljust(width)
+                for cell, width in zip(line, widths, strict=True)
+            )
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
