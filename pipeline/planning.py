@@ -106,7 +106,12 @@ def make_plan(
     return RunPlan(
         run_id=run_id or new_run_id(),
         base_night=None if night is None else night.number,
-        bundle={"uri": bundle.uri, "name": bundle.name, "digest": bundle.digest},
+        bundle={
+            "uri": bundle.uri,
+            "name": bundle.name,
+            "digest": bundle.digest,
+            "labels": list(bundle.labels),
+        },
         config=asdict(config),
         config_digest=output_digest(config),
         source=_describe(source),

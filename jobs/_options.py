@@ -1,0 +1,83 @@
+"""What the commands share: options of one meaning, errors as one sentence, `--json`."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.errors import ResegError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong request, 3 too many bad images, 130 interrupted."
+
+config_option = click.option(
+    "--config", "config_path", type=click.Path(), help="TOML file; see README, Configuration."
+)
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Set one configuration key."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object to standard output, nothing else."
+)
+address_option = click.option(
+    "--address", help="Address of a Ray cluster; without it a local one is started."
+)
+run_id_option = click.option("--run-id", help="Name of the run; a run of that name is resumed.")
+limit_option = click.option("--limit", type=click.IntRange(1), help="Stop after so many cases.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the network runs."
+)
+night_option = click.option("--night", type=int, help="Number of a night; default: the published one.")
+bundle_option = click.option(
+    "--bundle", required=True, metavar="FOLDER", help="The trained network; see `reseg bundle`."
+)
+
+
+def source_options(command: F) -> F:
+    """The options that say how files become cases."""
+    for option in (
+        click.option("--format", type=click.Choice(["auto", "folder", "tar", "parquet"])),
+        click.option("--images", help="Pattern of image files, as '{case}/{case}_{slice}.tif'."),
+        click.option("--masks", help="Pattern of reference masks, with the same fields."),
+        click.option(
+            "--references",
+            type=click.Choice(["auto", "optional", "ignore"]),
+            help="Whether an image without a reference is reported (auto), fine, or not looked for.",
+        ),
+        click.option("--mask-values", metavar="GREY=LABEL,...", help="Meaning of a mask's values."),
+    ):
+        command = option(command)
+    return command
+
+
+_SOURCE_KEYS = ("format", "images", "masks", "references", "mask_values")
+
+
+def source_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the source options out of a command's arguments, as dotted configuration keys."""
+    return {f"source.{key}": options.pop(key) for key in _SOURCE_KEYS if key in options}
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output."""
+    click.echo(json.dumps(value, indent=1, default=str))
+
+
+def run(command: click.BaseCommand) -> None:
+    """Run a command as a program: errors of ours become a sentence and their exit code."""
+    try:
+        command.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command takes up where it stopped", err=True)
+        sys.exit(130)
+    except ResegError as error:
+        click.echo(f"reseg: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,57 @@
+"""`reseg`: the commands, imported only when they are called."""
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+import pipeline
+from jobs._options import EPILOG, run
+
+COMMANDS: dict[str, str] = {
+    "demo": "Segment phantoms with the bundled network: the whole product in a minute.",
+    "inspect": "What is in a source: cases, images, masks, and what is wrong with its listing.",
+    "shard": "Write a source as Parquet or tar shards of cases.",
+    "plan": "What a run would compute: new, changed, stale, removed, unchanged.",
+    "segment": "Bring results up to date with a source and publish one night.",
+    "bundle": "Import, show and verify trained networks.",
+    "history": "The published nights: when, by which run, with which network and counts.",
+    "paths": "Parquet files of a night, for any engine.",
+    "explain": "All lineage of one mask, from the results alone.",
+    "show": "Picture of an image with the outlines of its mask and reference.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its commands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"jobs.{cmd_name}"), "command")  # noqa: B009
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, epilog=EPILOG)
+@click.version_option(pipeline.__version__, prog_name="reseg")
+def cli(**_: Any) -> None:
+    """Re-segment a medical-image archive every night, and trust what is published.
+
+    Start with `reseg demo`; then `reseg inspect SOURCE`, `reseg plan`, `reseg segment`.
+    """
+
+
+def main() -> None:
+    """Entry point of the `reseg` program."""
+    run(cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""reseg demo"""
+
+from pathlib import Path
+
+import click
+
+from jobs._options import EPILOG, json_option, print_json, run
+
+
+@click.command("demo", epilog=EPILOG)
+@click.option("--out", default="reseg-demo", show_default=True, help="Folder to write to.")
+@click.option("--cases", type=click.IntRange(1, 1000), default=24, show_default=True)
+@json_option
+def command(out: str, cases: int, as_json: bool) -> None:
+    """Make phantoms with known lesions, shard them, segment them, and show the results.
+
+    Everything is deterministic and ships with reseg; nothing is fetched. Run again, it finds
+    nothing to do.
+    """
+    from pipeline.flows.demo import run_demo
+    from pipeline.telemetry import Progress, format_table
+
+    progress = Progress(quiet=as_json)
+    demo = run_demo(Path(out), cases, progress)
+    progress.close()
+    if as_json:
+        print_json(demo.to_plain())
+        return
+    from jobs._summary import print_summary
+
+    print_summary(demo.summary, str(demo.results))
+    click.echo("")
+    click.echo(format_table(demo.rows, ["case_id", "volume_ml", "components_3d", "dice", "hd95"]))
+    click.echo(f"mean Dice {demo.mean_dice:.4f} over {len(demo.rows)} cases\n")
+    click.echo(f"A picture: {demo.picture}\n")
+    click.echo("Read the results with pandas or DuckDB:\n")
+    click.echo("  from deltalake import DeltaTable")
+    click.echo(f"  cases = DeltaTable('{demo.results}/cases').to_pandas()")
+    click.echo(f"  duckdb -c \"select * from delta_scan('{demo.results}/cases')\"\n")
+    click.echo(f"Next: reseg history {demo.results}; reseg show {demo.results} IMAGE_ID -o out.png")
+
+
+if __name__ == "__main__":
+    run(command)

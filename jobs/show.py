@@ -1,0 +1,33 @@
+"""reseg show"""
+
+import click
+
+from jobs._options import EPILOG, night_option, run
+
+
+@click.command("show", epilog=EPILOG)
+@click.argument("results")
+@click.argument("image_id")
+@click.option("-o", "--out", required=True, type=click.Path(), help="PNG file to write.")
+@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+@night_option
+def command(results: str, image_id: str, out: str, force: bool, night: int | None) -> None:
+    """Draw IMAGE_ID with the outline of its mask, and of its reference if it has one.
+
+    Reads the image from the source again, and refuses if it has changed since.
+    """
+    from pathlib import Path
+
+    from pipeline.errors import ConfigError
+    from pipeline.lookup import require_night, show_image
+
+    if Path(out).exists() and not force:
+        raise ConfigError(f"{out} exists; --force overwrites it")
+    if not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"{out}: the folder does not exist")
+    show_image(require_night(results, night), image_id).save(out, "PNG")
+    click.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(command)
