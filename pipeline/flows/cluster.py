@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,19 +43,11 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
         yield
         return
     try:
-        if address is None:
-            wanted = (resources.actors or _cores()) * max(1, threads)
-            ray.init(
-                address="local",
-                num_cpus=max(_cores(), wanted) + 1,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                object_store_memory=resources.object_store_bytes or None,
-            )
-            _protect_token()
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+        with _silent_stderr():
+            if address is None:
+                _start_local(resources, threads)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         brief = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"cannot connect to Ray at {address!r}: {brief}; {_CONNECT_HINT}") from None
@@ -63,6 +56,35 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(resources: ResourceConfig, threads: int) -> None:
+    import ray
+
+    wanted = (resources.actors or _cores()) * max(1, threads)
+    ray.init(
+        address="local",
+        num_cpus=max(_cores(), wanted) + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=resources.object_store_bytes or None,
+    )
+    _protect_token()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hide the line that Ray's C++ core prints at every start; its failures are exceptions."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _cores() -> int:

@@ -1,0 +1,175 @@
+"""Fixtures that several folders of tests share, and marks that follow from the folder."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("RESEG_SHARED", ROOT.parent / "shared"))
+PATTERNS = {
+    "source.images": "{case}/{case}_{slice}.png",
+    "source.masks": "{case}/{case}_{slice}_mask.png",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = Path(str(item.fspath)).parent.name
+        if folder in ("ray", "e2e", "gpu"):
+            item.add_marker(getattr(pytest.mark, folder))
+
+
+def shared_path(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs the real images in {path}, which are not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[..., Path]:
+    return shared_path
+
+
+@pytest.fixture(scope="session")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("nasty")
+    with tarfile.open(shared_path("data", "nasty.tar.gz")) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "nasty"
+
+
+@pytest.fixture(scope="session")
+def demo_bundle() -> str:
+    return str(ROOT / "pipeline" / "defaults" / "demo-bundle")
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight phantoms of 64 x 64, six slices each, with masks. Copy before changing."""
+    from pipeline.synthetic import write_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, range(8), num_slices=6, side=64)
+    return folder
+
+
+@pytest.fixture
+def own_phantoms(phantoms: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(phantoms, tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def config() -> Callable[..., Any]:
+    """A SegmentConfig for the phantoms, with dotted keys changed; format None: no patterns."""
+    from pipeline.config import SegmentConfig, load_config
+
+    def make(patterns: bool = True, **changes: Any) -> Any:
+        options = dict(PATTERNS) if patterns else {}
+        options |= {key.replace("__", "."): value for key, value in changes.items()}
+        return load_config(SegmentConfig, options=options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One small local cluster for all tests: four logical CPUs, two logical GPUs are separate."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=5,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=300 << 20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def segment_here() -> Callable[..., Any]:
+    """Run the flow's workers in this process, without Ray: the same code, one after the other."""
+    from pipeline.flows import segment
+
+    def stream(todo: Any, job: Any, pool: Any) -> Iterator[Any]:
+        import pyarrow as pa
+
+        from pipeline.results import receipt_from_json
+
+        actor = segment._PredictStage(job)
+        for work in todo:
+            rows = pa.table({"work": pa.array([work.to_json()], pa.binary())})
+            for stage in (
+                lambda batch: segment._read_stage(batch, job),
+                actor,
+                lambda batch: segment._finish_stage(batch, job),
+            ):
+                rows = pa.concat_tables(list(stage(rows)))
+            yield receipt_from_json(rows.column("receipt")[0].as_py())
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        from contextlib import nullcontext
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(segment, "_stream_receipts", stream)
+        patch.setattr(segment, "connect", lambda *_: nullcontext())
+        patch.setattr(segment, "plan_pool", lambda *_: segment.Pool(
+            num_actors=1, cpus_per_actor=1, gpus_per_actor=0, task_cpus=1
+        ))
+        try:
+            return segment.run_segment(*arguments, **options)
+        finally:
+            patch.undo()
+
+    return run
+
+
+def rows_of(results: Path | str, table: str, night: int | None = None) -> list[dict[str, Any]]:
+    """All rows of a published table, sorted, without what differs from run to run."""
+    from pipeline.results import open_night, read_table
+
+    opened = open_night(str(results), night)
+    assert opened is not None
+    rows = read_table(opened, table).to_pylist()
+    for row in rows:
+        for key in ("run_id", "shard_id", "shard_version", "case_version", "case_index", "source_uri"):
+            row.pop(key, None)
+    return sorted(rows, key=lambda row: json.dumps([row.get(k) for k in ("case_id", "image_id", "label")]))
+
+
+def digests_of(results: Path | str, night: int | None = None) -> dict[str, str | None]:
+    """Mask digest by image id; every id once."""
+    rows = rows_of(results, "masks", night)
+    found = {row["image_id"]: row["mask_sha256"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="session")
+def read_rows() -> Callable[..., list[dict[str, Any]]]:
+    return rows_of
+
+
+@pytest.fixture(scope="session")
+def read_digests() -> Callable[..., dict[str, str | None]]:
+    return digests_of
+
+
+@pytest.fixture(scope="session")
+def reseg() -> list[str]:
+    """The command line of this very checkout."""
+    return [sys.executable, "-m", "jobs.cli"]
