@@ -29,14 +29,16 @@ class Problem:
 class Locator:
     """Where encoded bytes lie: a file of the source, or a stretch of a shard file.
 
-    path is relative to the source ("" for the source itself); offset -1 means the whole file.
-    version is what a later look is compared with ("" where the shard's own version covers it).
+    path is relative to the source ("" for the source itself). offset is the first byte in it, or
+    the row of a Parquet file, -1 for a whole file; item is the position in that row's lists.
+    version is the file's at listing, with which it is compared when it is read.
     """
 
     path: str
     offset: int = -1
     size: int = 0
     version: str = ""
+    item: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

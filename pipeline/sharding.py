@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -55,15 +55,14 @@ def write_shards(
     Raises ConfigError if the destination holds something else; SourceError if there is no case,
     or one changes while it is read.
     """
-    if shard_bytes < 1 << 20:
-        raise ConfigError(f"shards of {shard_bytes} bytes are too small; at least 1 MiB")
     uri = storage.resolve(destination)
     check_apart(source.uri, uri)
     storage.check_writable(uri)
     groups = list(_groups(source, shard_bytes))
     if not groups:
         raise SourceError(f"{source.uri} holds no case")
-    digests = [digest_json([kind, [to_plain(case) for _, case in group]]) for group in groups]
+    settings = [kind, asdict(source.config)]
+    digests = [digest_json([settings, [to_plain(case) for _, case in group]]) for group in groups]
     _check_destination(uri, digest_json(digests))
     written = size_bytes = images = cases = 0
     entries = []

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import BadImage, ErrorClass
 from pipeline.formats.patterns import MISSING_MASK, natural_key
-from pipeline.formats.source import FORMATS, Format, Listing, Source, broken_shard, read_case
+from pipeline.formats.source import FORMATS, Format, Listing, Source, archive_problem, broken_shard, read_case, split_unusable
 from pipeline.formats.tar import list_archives
 from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, SliceRef, sha256_hex
 
@@ -96,7 +96,7 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
     try:
         with _open(source, shard.path) as file:
             layout = _layout(file.schema_arrow)
-            return _cases(source, file, layout, shard.path)
+            return _cases(source, file, layout, shard)
     except BadImage as error:
         return [broken_shard(name, error.error_class, error.message)]
     except (pa.ArrowException, OSError) as error:
@@ -104,7 +104,7 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
         return [broken_shard(name, ErrorClass.CORRUPT_PARQUET, message)]
 
 
-def _cases(source: Source, file: pq.ParquetFile, layout: str, path: str) -> list[CaseRef]:
+def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> list[CaseRef]:
     schema = file.schema_arrow
     wanted = ["case_id", "slice_names", "spacing_mm"] if layout == "cases" else [layout]
     rows = file.read(columns=[n for n in wanted if n in schema.names]).to_pylist()
@@ -126,8 +126,8 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, path: str) -> list
         slices = [
             SliceRef(
                 name=name,
-                image=Locator(path=path, offset=number, size=0, version=str(index)),
-                mask=Locator(path=path, offset=number, size=0, version=str(index)),
+                image=_locator(shard, number, index),
+                mask=_locator(shard, number, index),
                 problem=problem
                 or (MISSING_MASK if expected and not present[index : index + 1] == [True] else None),
             )
@@ -143,6 +143,10 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, path: str) -> list
             )
         )
     return cases
+
+
+def _locator(shard: Shard, row: int, item: int) -> Locator:
+    return Locator(path=shard.path, offset=row, version=shard.version, item=item)
 
 
 def _slice_names(stored: list[str | None] | None) -> list[str]:
@@ -172,7 +176,15 @@ def _masks_present(file: pq.ParquetFile, layout: str) -> list[list[bool]]:
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
     """Read the rows of the cases, a row group at a time, each row once."""
-    by_row = {_row_of(case): case for case in cases if case.slices}
+    readable, rest = split_unusable(source, cases)
+    yield from rest
+    if not readable:
+        return
+    problem = archive_problem(source, path, readable)
+    if problem is not None:
+        yield from (read_case(source, case, lambda _: problem) for case in readable)
+        return
+    by_row = {_row_of(case): case for case in readable}
     with _open(source, path) as file:
         layout = _layout(file.schema_arrow)
         start = 0
@@ -228,8 +240,8 @@ def _read_row(
         if damaged:
             message = "the pages of its row group fail their checksums"
             return Problem(error_class=ErrorClass.CORRUPT_PARQUET, message=message)
-        data = value(column, int(locator.version))
-        expected = None if plain else value(digests, int(locator.version))
+        data = value(column, locator.item)
+        expected = None if plain else value(digests, locator.item)
         if data is not None and expected is not None and sha256_hex(data) != expected:
             message = "its bytes do not have the SHA-256 that the shard says"
             return Problem(error_class=ErrorClass.CHECKSUM_MISMATCH, message=message)

@@ -138,6 +138,33 @@ def read_file(source: Source, locator: Locator) -> bytes | Problem:
     return data
 
 
+def archive_problem(source: Source, path: str, cases: Sequence[CaseRef]) -> Problem | None:
+    """Why no case of an archive can be read now: it is gone, or not the one that was listed."""
+    listed = next((s.image.version for c in cases for s in c.slices if s.image), "")
+    try:
+        info = storage.file_info(storage.join(source.uri, path))
+    except OSError as error:
+        message = f"reading failed: {error.strerror or type(error).__name__}"
+        return Problem(error_class=ErrorClass.UNREADABLE_FILE, message=message)
+    if info is None or info.version != listed:
+        return _changed("gone" if info is None else "another version")
+    return None
+
+
+def split_unusable(
+    source: Source, cases: Sequence[CaseRef]
+) -> tuple[list[CaseRef], list[EncodedCase]]:
+    """Cases with something to read, and the finished rest: of those no byte is needed."""
+    readable = [case for case in cases if any(is_usable(item.problem) for item in case.slices)]
+    kept = {id(case) for case in readable}
+    rest = [case for case in cases if id(case) not in kept]
+    return readable, [read_case(source, case, _never_fetched) for case in rest]
+
+
+def _never_fetched(locator: Locator) -> bytes | Problem:
+    raise AssertionError(f"{locator} belongs to an unusable slice")
+
+
 def _changed(what: str) -> Problem:
     message = f"the file is not what was planned: {what}; the next run takes it up"
     return Problem(error_class=ErrorClass.CHANGED_DURING_RUN, message=message)

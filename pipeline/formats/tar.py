@@ -26,7 +26,7 @@ from pipeline.formats.patterns import (
     pattern_keys,
     special_file_problem,
 )
-from pipeline.formats.source import FORMATS, Format, Listing, Source, broken_shard, read_case
+from pipeline.formats.source import FORMATS, Format, Listing, Source, archive_problem, broken_shard, read_case, split_unusable
 from pipeline.images import PICTURE_SUFFIXES, REFUSED_SUFFIXES
 from pipeline.records import (
     CaseRef,
@@ -130,7 +130,7 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
         message = f"reading failed: {error.strerror or type(error).__name__}"
         return [broken_shard(_name(source, shard.path), ErrorClass.UNREADABLE_FILE, message)]
     try:
-        entries.extend(_entries(source, shard.path, archive, cases))
+        entries.extend(_entries(source, shard, archive, cases))
     except BadImage as error:
         cases.append(broken_shard(_name(source, shard.path), error.error_class, error.message))
     except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError) as error:
@@ -156,7 +156,7 @@ def _name(source: Source, path: str) -> str:
 
 
 def _entries(
-    source: Source, path: str, archive: _Guarded, cases: list[CaseRef]
+    source: Source, shard: Shard, archive: _Guarded, cases: list[CaseRef]
 ) -> Iterator[Entry]:
     """Yield the members that are not part of a sidecar's case; append those cases to `cases`."""
     sidecars: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,12 @@ def _entries(
                     stem, case = _sidecar(archive, member)
                     sidecars[stem] = {"case": case, "members": {}}
                     continue
-                locator = Locator(path=path, offset=member.offset_data, size=member.size)
+                locator = Locator(
+                    path=shard.path,
+                    offset=member.offset_data,
+                    size=member.size,
+                    version=shard.version,
+                )
                 stem, _, rest = member.name.partition(".")
                 if stem in sidecars and problem is None:
                     sidecars[stem]["members"][rest] = locator
@@ -278,6 +283,14 @@ def _sidecar_slice(
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
     """Read the members of the cases by their offsets, in the order of the cases."""
+    readable, rest = split_unusable(source, cases)
+    yield from rest
+    if not readable:
+        return
+    problem = archive_problem(source, path, readable)
+    if problem is not None:
+        yield from (read_case(source, case, lambda _: problem) for case in readable)
+        return
     archive = _open(source, path)
 
     def fetch(locator: Locator) -> bytes | Problem:
@@ -289,7 +302,7 @@ def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[
         return data
 
     try:
-        for case in cases:
+        for case in readable:
             yield read_case(source, case, fetch)
     finally:
         archive.close()

@@ -1,0 +1,361 @@
+"""The commit protocol on a real store: what a reader sees after everything that can go wrong."""
+
+import os
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from pipeline import results
+from pipeline.errors import (
+    CommitConflict,
+    ConfigError,
+    ResultsError,
+    SourceError,
+    TooManyBadImages,
+    VerificationError,
+)
+
+
+@pytest.fixture
+def night(own_phantoms, tmp_path, demo_bundle, config, segment_here):
+    """A source, its results with one published night, and a function that runs the next one."""
+
+    class Night:
+        source, out, bundle = own_phantoms, str(tmp_path / "results"), demo_bundle
+
+        def run(self, **options):
+            chosen = options.pop("config", config())
+            return segment_here(str(self.source), self.out, self.bundle, chosen, **options)
+
+        def change(self, index=0):
+            path = self.source / f"phantom_{index:04d}" / f"phantom_{index:04d}_2.png"
+            shutil.copy(self.source / "phantom_0007" / "phantom_0007_1.png", path)
+
+    opened = Night()
+    opened.first = opened.run()
+    return opened
+
+
+def test_a_night_counts_and_reads_back(night, read_rows):
+    assert night.first.published
+    assert night.first.night == 0
+    assert night.first.counts["cases"]["new"] == 8
+    masks = read_rows(night.out, "masks")
+    assert len(masks) == 48
+    assert len({row["image_id"] for row in masks}) == 48
+    opened = results.open_night(night.out)
+    for table in results.TABLES:
+        delta = DeltaTable(f"{night.out}/{table}")
+        assert sorted(os.path.basename(u) for u in delta.file_uris()) == sorted(
+            os.path.basename(p) for p in opened.paths(table)
+        )
+
+
+def test_nothing_changed_computes_and_writes_nothing(night):
+    before = sorted(p for _, _, files in os.walk(night.out) for p in files)
+    again = night.run()
+    assert (again.published, again.night, again.computed_images) == (False, 0, 0)
+    assert again.counts["cases"]["unchanged"] == 8
+    assert before == sorted(p for _, _, files in os.walk(night.out) for p in files)
+
+
+def test_a_changed_image_recomputes_its_case_and_copies_its_neighbours(night, read_rows):
+    before = {row["image_id"]: row for row in read_rows(night.out, "masks")}
+    night.change(0)
+    second = night.run()
+    assert (second.night, second.computed_images) == (1, 6)
+    assert second.counts["cases"] == {
+        "new": 0, "changed": 1, "stale": 0, "removed": 0, "unchanged": 7, "bad": 0
+    }
+    after = {row["image_id"]: row for row in read_rows(night.out, "masks")}
+    assert set(before) == set(after)
+    for image_id, row in after.items():
+        if not image_id.startswith("phantom_0000"):
+            assert row == before[image_id]
+    assert night.run().computed_images == 0
+    assert {r["image_id"]: r for r in read_rows(night.out, "masks", 0)} == before
+
+
+def test_touched_files_are_hashed_and_not_computed(night):
+    for path in night.source.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    assert night.run().computed_images == 0
+
+
+def test_new_and_removed_cases(night, read_rows):
+    shutil.rmtree(night.source / "phantom_0003")
+    shutil.copytree(night.source / "phantom_0002", night.source / "extra")
+    for path in (night.source / "extra").iterdir():
+        path.rename(path.with_name(path.name.replace("phantom_0002", "extra")))
+    second = night.run()
+    assert second.counts["cases"]["new"] == 1
+    assert second.counts["cases"]["removed"] == 1
+    assert second.computed_images == 6
+    for table in results.TABLES:
+        ids = {row["case_id"] for row in read_rows(night.out, table)}
+        assert "extra" in ids
+        assert "phantom_0003" not in ids
+
+
+def test_another_bundle_or_setting_makes_everything_stale(night, config):
+    second = night.run(config=config(inference__tta=True))
+    assert second.counts["cases"]["stale"] == 8
+    assert second.computed_images == 48
+    third = night.run(config=config(inference__tta=True, inference__batch_size=3))
+    assert third.computed_images == 0
+
+
+def test_a_changed_reference_is_measured_again(night, read_rows):
+    shutil.copy(
+        night.source / "phantom_0001" / "phantom_0001_1_mask.png",
+        night.source / "phantom_0000" / "phantom_0000_3_mask.png",
+    )
+    assert night.run().counts["cases"]["changed"] == 1
+
+
+def test_the_same_run_again_publishes_once(night):
+    night.change()
+    second = night.run(run_id="r2")
+    assert second.night == 1
+    third = night.run(run_id="r2")
+    assert third.night == 1
+    assert third.computed_images == 0
+    assert results.latest_night_number(night.out) == 1
+
+
+def test_a_lost_answer_of_the_commit_publishes_once(night, monkeypatch):
+    """The commit lands, its answer does not: what a dropped connection looks like."""
+    night.change()
+    real = DeltaTable.create_write_transaction
+    lost = []
+
+    def commit(self, *arguments, **options):
+        real(self, *arguments, **options)
+        lost.append(self.table_uri)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", commit)
+    assert night.run().night == 1
+    assert len(lost) == 3
+    monkeypatch.undo()
+    assert night.run().computed_images == 0
+    assert results.latest_night_number(night.out) == 1
+
+
+@pytest.mark.parametrize("table", ["metrics", "cases", "masks"])
+def test_a_commit_that_fails_is_finished_by_the_same_command(night, monkeypatch, table, read_rows):
+    night.change()
+    real = results._commit
+    before = read_rows(night.out, "masks")
+
+    def crash(results_uri, name, *arguments):
+        if name == table:
+            raise KeyboardInterrupt
+        return real(results_uri, name, *arguments)
+
+    monkeypatch.setattr(results, "_commit", crash)
+    with pytest.raises(KeyboardInterrupt):
+        night.run()
+    assert read_rows(night.out, "masks") == before
+    monkeypatch.undo()
+    finished = night.run()
+    assert (finished.resumed, finished.night) == (True, 1)
+    opened = results.open_night(night.out)
+    assert {s.num_images for s in opened.shards.values()}
+    assert len(read_rows(night.out, "metrics")) == len(read_rows(night.out, "masks")) == 48
+
+
+def test_what_an_abandoned_run_committed_to_the_side_is_taken_back(night, monkeypatch, read_rows):
+    night.change(0)
+    real = results._commit
+
+    def crash(results_uri, name, *arguments):
+        if name == "masks":
+            raise KeyboardInterrupt
+        return real(results_uri, name, *arguments)
+
+    monkeypatch.setattr(results, "_commit", crash)
+    with pytest.raises(KeyboardInterrupt):
+        night.run()
+    monkeypatch.undo()
+    night.change(1)
+    second = night.run()
+    assert second.resumed is False
+    assert second.night == 1
+    metrics = read_rows(night.out, "metrics")
+    assert len(metrics) == 48
+    assert len({row["image_id"] for row in metrics}) == 48
+    latest = DeltaTable(f"{night.out}/metrics").to_pyarrow_table()
+    assert latest.num_rows == 48
+
+
+def test_two_runs_planned_on_the_same_night_do_not_mix(night, monkeypatch, read_rows):
+    """Another run publishes while ours computes: ours is refused, and says so."""
+    night.change(0)
+    from pipeline.flows import segment
+
+    real = segment._compute
+
+    def slow(plan, *arguments):
+        receipts = real(plan, *arguments)
+        monkeypatch.setattr(segment, "_compute", real)
+        night.change(1)
+        assert night.run(run_id="fast").night == 1
+        return receipts
+
+    monkeypatch.setattr(segment, "_compute", slow)
+    with pytest.raises(CommitConflict, match="another run has published since"):
+        night.run(run_id="slow")
+    assert results.latest_night_number(night.out) == 1
+    assert len(read_rows(night.out, "masks")) == 48
+    assert night.run().computed_images == 0
+
+
+def test_receipts_of_an_interrupted_run_are_used(night, monkeypatch):
+    for index in range(4):
+        night.change(index)
+    from pipeline import results as module
+
+    real, filed = module.put_receipt, []
+
+    def crash(*arguments):
+        if len(filed) == 2:
+            raise KeyboardInterrupt
+        filed.append(real(*arguments))
+        return filed[-1]
+
+    monkeypatch.setattr(module, "put_receipt", crash)
+    with pytest.raises(KeyboardInterrupt):
+        night.run()
+    monkeypatch.undo()
+    night.change(6)
+    second = night.run()
+    assert second.published
+    assert second.counts["cases"]["changed"] == 5
+    runs = {row["run_id"] for row in results.read_table(results.open_night(night.out), "masks").to_pylist()}
+    assert len(runs) == 3
+
+
+def test_another_bundle_under_the_same_run_is_refused(night, tmp_path, monkeypatch, config):
+    night.change()
+    from pipeline.flows import segment
+
+    monkeypatch.setattr(segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        night.run(run_id="r")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="another configuration"):
+        night.run(run_id="r", config=config(inference__tta=True))
+    other = shutil.copytree(night.bundle, tmp_path / "other")
+    text = (other / "bundle.json").read_text().replace('"demo-phantom"', '"renamed"')
+    (other / "bundle.json").write_text(text)
+    night.bundle, kept = str(other), night.bundle
+    with pytest.raises(ConfigError, match="was planned with the bundle"):
+        night.run(run_id="r")
+    night.bundle = kept
+    assert night.run(run_id="r").night == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_parts_that_are_not_as_received_are_not_published(night, monkeypatch, damage):
+    night.change()
+    from pipeline.flows import segment
+
+    real = results.verify_receipts
+
+    def break_one(out, plan, receipts):
+        part = next(iter(receipts.values())).masks.path
+        path = os.path.join(out, "masks", part)
+        if damage == "missing":
+            os.unlink(path)
+        else:
+            with open(path, "r+b") as file:
+                file.seek(900)
+                byte = file.read(1)
+                file.seek(900)
+                file.write(bytes([byte[0] ^ 4]))
+        return real(out, plan, receipts)
+
+    monkeypatch.setattr(segment.results, "verify_receipts", break_one)
+    with pytest.raises(VerificationError, match="not there|digest"):
+        night.run()
+    assert results.latest_night_number(night.out) == 0
+
+
+def test_no_flipped_bit_of_a_part_reads_silently_wrong(night):
+    path = results.open_night(night.out).paths("masks")[0]
+    name = os.path.basename(path)
+    with open(path, "rb") as file:
+        whole = file.read()
+    expected = results.read_part(night.out, "masks", name)
+    silent = 0
+    for position in range(4, len(whole) - 4, max(1, len(whole) // 150)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 32
+        with open(path, "wb") as file:
+            file.write(damaged)
+        try:
+            silent += results.read_part(night.out, "masks", name) != expected
+        except ResultsError:
+            continue
+    with open(path, "wb") as file:
+        file.write(whole)
+    assert silent <= 2, "only the footer, which has no checksum of its own, may slip through"
+
+
+def test_parts_have_checksums_and_statistics(night):
+    opened = results.open_night(night.out)
+    delta = DeltaTable(f"{night.out}/masks")
+    assert sum(s.num_images for s in opened.shards.values()) == 48
+    assert sum(s.num_cases for s in opened.shards.values()) == 8
+    assert delta.metadata().partition_columns == []
+    assert pq.ParquetFile(opened.paths("masks")[0]).metadata.row_group(0).column(16).compression == "ZSTD"
+
+
+def test_too_many_bad_images_are_not_published_and_can_be_allowed(night, config):
+    for index in range(6):
+        (night.source / f"phantom_000{index}" / f"phantom_000{index}_1.png").write_bytes(b"junk")
+    with pytest.raises(TooManyBadImages, match="6 of 48 images are bad .*6 NotAnImage"):
+        night.run()
+    assert results.latest_night_number(night.out) == 0
+    allowed = night.run(config=config(max_bad_share=0.5))
+    assert (allowed.night, allowed.resumed) == (1, True)
+    assert allowed.counts["images"]["bad"] == 6
+    assert allowed.bad_by_class == {"NotAnImage": 6}
+    assert night.run(config=config(max_bad_share=0.5)).counts["images"]["bad"] == 6
+
+
+def test_results_keep_to_their_source(night, tmp_path, config, segment_here):
+    other = shutil.copytree(night.source, tmp_path / "elsewhere")
+    with pytest.raises(ResultsError, match="use another results folder"):
+        segment_here(str(other), night.out, night.bundle, config())
+    with pytest.raises(ConfigError, match="inside the source"):
+        segment_here(str(night.source), str(night.source / "out"), night.bundle, config())
+    for path in night.source.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(SourceError, match="holds no image"):
+        night.run()
+    assert results.latest_night_number(night.out) == 0
+
+
+def test_old_nights_stay_readable_and_unknown_ones_are_refused(night, read_digests):
+    first = read_digests(night.out)
+    night.change()
+    night.run()
+    assert read_digests(night.out, 0) == first
+    with pytest.raises(ResultsError, match="no night 7"):
+        results.open_night(night.out, 7)
+    numbers = [entry["night"] for entry in results.history(night.out)]
+    assert numbers == [1, 0]
+
+
+def test_limit_takes_some_cases_and_the_rest_later(own_phantoms, tmp_path, demo_bundle, config, segment_here):
+    out = str(tmp_path / "r")
+    first = segment_here(str(own_phantoms), out, demo_bundle, config(), limit=3)
+    assert first.counts["cases"]["new"] == 3
+    second = segment_here(str(own_phantoms), out, demo_bundle, config())
+    assert second.counts["cases"]["new"] == 5
+    assert second.counts["cases"]["unchanged"] == 3
+    assert second.computed_images == 30
