@@ -93,7 +93,9 @@ def main(out: str) -> None:
     ):
         mask, truth = result.labels_ZHW > 0, phantom.mask_ZHW > 0
         scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
-    print(f"Dice on {len(scores)} unseen phantoms: mean {np.mean(scores):.4f}, min {min(scores):.4f}")
+    print(
+        f"Dice on {len(scores)} unseen phantoms: mean {np.mean(scores):.4f}, min {min(scores):.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the commands share: options of one meaning, errors as one sentence, `--json`."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,16 +12,26 @@ from pipeline.errors import ResegError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong request, 3 too many bad images, 130 interrupted."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 wrong request, 3 too many bad images, "
+    "130 interrupted, 143 terminated."
+)
 
 config_option = click.option(
     "--config", "config_path", type=click.Path(), help="TOML file; see README, Configuration."
 )
 set_option = click.option(
-    "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Set one configuration key."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Set one configuration key.",
 )
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object to standard output, nothing else."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object to standard output, nothing else.",
 )
 address_option = click.option(
     "--address", help="Address of a Ray cluster; without it a local one is started."
@@ -30,7 +41,9 @@ limit_option = click.option("--limit", type=click.IntRange(1), help="Stop after 
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the network runs."
 )
-night_option = click.option("--night", type=int, help="Number of a night; default: the published one.")
+night_option = click.option(
+    "--night", type=int, help="Number of a night; default: the published one."
+)
 bundle_option = click.option(
     "--bundle", required=True, metavar="FOLDER", help="The trained network; see `reseg bundle`."
 )
@@ -66,16 +79,26 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, default=str))
 
 
-def run(command: click.BaseCommand) -> None:
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: the scheduler wants the machine back; stop as on Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def run(command: click.Command) -> None:
     """Run a command as a program: errors of ours become a sentence and their exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         command.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
         click.echo("interrupted; the same command takes up where it stopped", err=True)
-        sys.exit(130)
+        terminated = isinstance(stop, _Terminated) or isinstance(stop.__cause__, _Terminated)
+        sys.exit(143 if terminated else 130)
     except ResegError as error:
         click.echo(f"reseg: {error}", err=True)
         sys.exit(error.exit_code)

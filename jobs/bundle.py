@@ -53,7 +53,9 @@ def verify(bundle: str) -> None:
     from pipeline.bundle import load_bundle, verify_bundle
 
     loaded = load_bundle(bundle)
-    click.echo(f"{loaded.uri} is whole: {verify_bundle(loaded):,} parameters, digest {loaded.digest[:16]}")
+    click.echo(
+        f"{loaded.uri} is whole: {verify_bundle(loaded):,} parameters, digest {loaded.digest[:16]}"
+    )
 
 
 if __name__ == "__main__":

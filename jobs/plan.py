@@ -52,7 +52,11 @@ def command(source: str, results: str, bundle: str, as_json: bool, **options: An
     rows = [{"": name, **plan.counts[name]} for name in ("cases", "images")]
     click.echo(format_table(rows, ["", "new", "changed", "stale", "removed", "unchanged", "bad"]))
     todo = sum(plan.counts["images"][state] for state in ("new", "changed", "stale"))
-    base = "nothing is published yet" if plan.base_night is None else f"against night {plan.base_night}"
+    base = (
+        "nothing is published yet"
+        if plan.base_night is None
+        else f"against night {plan.base_night}"
+    )
     click.echo(f"{todo:,} images to compute in {len(plan.works):,} shards; {base}")
 
 

@@ -10,7 +10,9 @@ from jobs._options import EPILOG, json_option, print_json, run, source_options, 
 @click.command("shard", epilog=EPILOG)
 @click.argument("source")
 @click.argument("destination")
-@click.option("--to", "kind", type=click.Choice(["parquet", "tar"]), default="parquet", show_default=True)
+@click.option(
+    "--to", "kind", type=click.Choice(["parquet", "tar"]), default="parquet", show_default=True
+)
 @click.option("--shard-mb", type=click.IntRange(1), default=128, show_default=True)
 @source_options
 @json_option

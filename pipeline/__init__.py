@@ -16,7 +16,7 @@ _PUBLIC = {
     "run_segment": "pipeline.flows.segment",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  (a literal dict of names)
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,9 @@ def load_bundle(location: str) -> Bundle:
     uri = storage.resolve(location)
     description = _read(uri, DESCRIPTION_FILE)
     if len(description) > _MAX_DESCRIPTION_BYTES:
-        raise BundleError(f"{uri}: {DESCRIPTION_FILE} has {len(description)} bytes, which is no bundle")
+        raise BundleError(
+            f"{uri}: {DESCRIPTION_FILE} has {len(description)} bytes, which is no bundle"
+        )
     try:
         values = json.loads(description)
         bundle = _from_values(uri, values)
@@ -111,8 +113,8 @@ def load_model(bundle: Bundle) -> "nn.Module":
 
     Raises BundleError if architecture, options, labels and weights do not fit each other.
     """
-    from safetensors.torch import load
     from safetensors import SafetensorError
+    from safetensors.torch import load
 
     data = _read(bundle.uri, WEIGHTS_FILE)
     if sha256_hex(data) != bundle.weights_sha256:
@@ -132,7 +134,7 @@ def build_model(bundle: Bundle) -> "nn.Module":
 
     try:
         architecture = MODELS[bundle.architecture]
-        options = decode(architecture.options, bundle.options, bundle.architecture)
+        options: Any = decode(architecture.options, bundle.options, bundle.architecture)
     except ConfigError as error:
         raise BundleError(f"{bundle.uri}: {error}") from None
     _, outputs = architecture.channels(options)
@@ -158,7 +160,11 @@ def check_state(shapes: Mapping[str, tuple[int, ...]], model: "nn.Module", where
         f"{name} is {list(shapes[name]) if name in shapes else 'missing'}, wanted {list(shape)}"
         for name, shape in wanted.items()
         if shapes.get(name) != shape
-    ] + [f"{name} {list(shape)} is not of this network" for name, shape in shapes.items() if name not in wanted]
+    ] + [
+        f"{name} {list(shape)} is not of this network"
+        for name, shape in shapes.items()
+        if name not in wanted
+    ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise BundleError(
@@ -199,7 +205,9 @@ def save_bundle(
         "weights_sha256": sha256_hex(weights),
     }
     storage.write(storage.join(uri, WEIGHTS_FILE), weights)
-    storage.write(storage.join(uri, DESCRIPTION_FILE), (json.dumps(values, indent=1) + "\n").encode())
+    storage.write(
+        storage.join(uri, DESCRIPTION_FILE), (json.dumps(values, indent=1) + "\n").encode()
+    )
     return load_bundle(uri)
 
 
@@ -240,7 +248,9 @@ def import_weights(
     if not storage.is_remote(path) and not Path(path).is_file():
         raise BundleError(f"{path} is not a file")
     if not storage.is_empty(storage.resolve(out)):
-        raise BundleError(f"{storage.resolve(out)} exists and is not empty; a bundle is never overwritten")
+        raise BundleError(
+            f"{storage.resolve(out)} exists and is not empty; a bundle is never overwritten"
+        )
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "weights.pt")
         local.write_bytes(storage.read(path))
@@ -311,7 +321,9 @@ def _run_import_child(layout: str, weights: Path, out: Path, *, shown: str) -> d
         raise BundleError(f"{shown}: loading took longer than {_IMPORT_TIMEOUT_S} s") from None
     lines = child.stdout.decode(errors="replace").splitlines()
     if child.returncode != 0 or not lines:
-        raise BundleError(f"{shown}: loading crashed (exit {child.returncode}); not a weights file?")
+        raise BundleError(
+            f"{shown}: loading crashed (exit {child.returncode}); not a weights file?"
+        )
     answer: dict[str, Any] = json.loads(lines[-1])
     if "error" in answer:
         raise BundleError(f"{shown}: {answer['error']}", error_class=answer["error_class"])
@@ -339,7 +351,7 @@ def _convert(layout: str, weights: str, out: str) -> dict[str, Any]:
 
     try:
         loaded = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip, runtime and value errors alike
+    except Exception as error:  # noqa: BLE001  (torch raises pickle, zip, runtime and value errors alike)
         raise BundleError(
             f"not a plain file of weights ({type(error).__name__}); it was not opened any other way",
             error_class="UnsafePickle",

@@ -114,7 +114,9 @@ def decode_case(
     )
     kept = [index for index, record in enumerate(records) if record.is_usable]
     if kept:
-        decoded.volume_ZHWC = np.stack([pages[index] for index in kept])  # type: ignore[arg-type]
+        decoded.volume_ZHWC = np.stack(
+            [page for page in map(pages.__getitem__, kept) if page is not None]
+        )
         decoded.references = [references[index] for index in kept]
     return decoded
 
@@ -126,13 +128,21 @@ def _decode_slice(
     item: EncodedSlice, sandbox: Sandbox, mapping: dict[int, int], num_labels: int
 ) -> Iterator[_Decoded]:
     """One record a page; a file of several pages gives slices `name.0`, `name.1`, …"""
-    if not is_usable(item.problem) or item.image is None:
+    if not is_usable(item.problem):
         yield _record(item, item.name, item.problem), None, None
+        return
+    if item.image is None:
+        missing = Problem(error_class=ErrorClass.MISSING_IMAGE, message="there is no image")
+        yield _record(item, item.name, missing), None, None
         return
     try:
         pages = sandbox.decode(item.image, "image")
     except BadImage as error:
-        yield _record(item, item.name, Problem(error_class=error.error_class, message=error.message)), None, None
+        yield (
+            _record(item, item.name, Problem(error_class=error.error_class, message=error.message)),
+            None,
+            None,
+        )
         return
     masks, mask_problem = _decode_references(item, sandbox, len(pages))
     for number, page_HWC in enumerate(pages):
@@ -337,12 +347,13 @@ def finish_case(case: PredictedCase, recipe: Recipe, label_names: Sequence[str])
     if case.labels_ZHW is not None:
         masks_ZHW, confidence_ZHW = _native_maps(case, recipe)
     decoded = case.decoded
-    mask_rows, metric_rows = [], []
+    mask_rows: list[dict[str, Any]] = []
+    metric_rows: list[dict[str, Any]] = []
     position = 0
     good: list[int] = []
     for index, record in enumerate(decoded.slices):
         mask_HW = None
-        if record.image_sha256 is not None and record.is_usable and masks_ZHW is not None:
+        if record.is_usable and masks_ZHW is not None:
             mask_HW = masks_ZHW[position]
             if _is_nonfinite(case, position):
                 mask_HW = None
@@ -353,7 +364,12 @@ def finish_case(case: PredictedCase, recipe: Recipe, label_names: Sequence[str])
                 good.append(position)
                 confidence_HW = None if confidence_ZHW is None else confidence_ZHW[position]
                 metric_rows += _metric_rows(
-                    decoded, index, mask_HW, confidence_HW, decoded.references[position], label_names
+                    decoded,
+                    index,
+                    mask_HW,
+                    confidence_HW,
+                    decoded.references[position],
+                    label_names,
                 )
             position += 1
         mask_rows.append(_mask_row(decoded, index, record, mask_HW))

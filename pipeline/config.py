@@ -156,9 +156,7 @@ def decode(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for key in values:
         if key not in known:
             label = f"[{where}] " if where else ""
-            raise ConfigError(
-                f"{label}unknown key {key!r}; known are: {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"{label}unknown key {key!r}; known are: {', '.join(sorted(known))}")
     decoded = {
         key: _decode_value(hints[key], value, f"{where}.{key}" if where else key)
         for key, value in values.items()
@@ -177,9 +175,7 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
         if value not in choices or isinstance(value, bool) != any(
             isinstance(choice, bool) for choice in choices if choice == value
         ):
-            raise ConfigError(
-                f"{where} = {value!r} is not one of {', '.join(map(repr, choices))}"
-            )
+            raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(repr, choices))}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _decode_union(hint, value, where)

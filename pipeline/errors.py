@@ -1,17 +1,17 @@
 """Everything that can go wrong, and what it means to the person who sees it.
 
-    ResegError                exit
-    ├ ConfigError              2    wrong path, pattern, option, bundle or results folder
-    │ ├ SourceError            2    the source cannot be listed, or holds nothing to segment
-    │ ├ BundleError            2    the bundle or the weights cannot be used
-    │ └ ResultsError           2    the results folder is not usable, or belongs to something else
-    ├ StorageError             1    the store failed; transient ones are worth a second try
-    ├ CommitConflict           1    somebody else published first; nothing of ours is visible
-    ├ VerificationError        1    what was written is not what was planned; nothing published
-    ├ RunStalled               1    no progress for too long; names the stage
-    └ TooManyBadImages         3    finished, but over the allowed share of bad images
+ResegError                exit
+├ ConfigError              2    wrong path, pattern, option, bundle or results folder
+│ ├ SourceError            2    the source cannot be listed, or holds nothing to segment
+│ ├ BundleError            2    the bundle or the weights cannot be used
+│ └ ResultsError           2    the results folder is not usable, or belongs to something else
+├ StorageError             1    the store failed; transient ones are worth a second try
+├ CommitConflict           1    somebody else published first; nothing of ours is visible
+├ VerificationError        1    what was written is not what was planned; nothing published
+├ RunStalled               1    no progress for too long; names the stage
+└ TooManyBadImages         3    finished, but over the allowed share of bad images
 
-    BadImage                   -    one image, never a run: becomes a row with an `ErrorClass`
+BadImage                   -    one image, never a run: becomes a row with an `ErrorClass`
 """
 
 from enum import StrEnum

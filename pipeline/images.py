@@ -8,7 +8,7 @@ a palette mask its raw indices; CMYK becomes RGB; EXIF orientation is applied; 1
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,38 +103,45 @@ def _decode(data: bytes, max_pixels: int, *, as_mask: bool) -> list[npt.NDArray[
                 raise BadImage(ErrorClass.IMAGE_TOO_LARGE, f"{num_pages} pages (limit {MAX_PAGES})")
             if name == "WEBP" and num_pages > 1:
                 raise BadImage(ErrorClass.UNSUPPORTED_FORMAT, "an animated WebP is not an image")
-            pages = []
-            remaining = max_pixels
-            for page in range(num_pages):
-                if num_pages > 1:
-                    image.seek(page)
-                width, height = image.size
-                remaining -= width * height
-                if remaining < 0:
-                    raise BadImage(
-                        ErrorClass.IMAGE_TOO_LARGE,
-                        f"page {page} of {width} x {height} goes over {max_pixels} pixels",
-                    )
-                pages.append(_page_array(image, as_mask=as_mask))
-            return pages
+            return list(_pages(image, num_pages, max_pixels, as_mask=as_mask))
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise _unidentified(data, name) from None
     except MemoryError:
-        raise BadImage(ErrorClass.IMAGE_TOO_LARGE, "decoding needs more memory than allowed") from None
-    except Exception as error:  # decoders raise anything on hostile input; the name is all we keep
+        raise BadImage(
+            ErrorClass.IMAGE_TOO_LARGE, "decoding needs more memory than allowed"
+        ) from None
+    except Exception as error:  # noqa: BLE001  (decoders raise anything on hostile input)
         if _ends_early(data, name):
             raise BadImage(ErrorClass.TRUNCATED_IMAGE, f"the {name} file ends early") from None
         message = f"the {name} decoder refused it ({type(error).__name__})"
         raise BadImage(ErrorClass.CORRUPT_IMAGE, message) from None
 
 
+def _pages(
+    image: Image.Image, num_pages: int, max_pixels: int, *, as_mask: bool
+) -> Iterator[npt.NDArray[Any]]:
+    """Decode page after page, while the pixels of all together stay within the limit."""
+    remaining = max_pixels
+    for page in range(num_pages):
+        if num_pages > 1:
+            image.seek(page)
+        width, height = image.size
+        remaining -= width * height
+        if remaining < 0:
+            message = f"page {page} of {width} x {height} goes over {max_pixels} pixels"
+            raise BadImage(ErrorClass.IMAGE_TOO_LARGE, message)
+        yield _page_array(image, as_mask=as_mask)
+
+
 def _unidentified(data: bytes, name: str) -> BadImage:
     if _ends_early(data, name):
         return BadImage(ErrorClass.TRUNCATED_IMAGE, f"the {name} file ends early")
     if name == "TIFF":
-        return BadImage(ErrorClass.UNSUPPORTED_FORMAT, "a kind of TIFF that the decoder cannot read")
+        return BadImage(
+            ErrorClass.UNSUPPORTED_FORMAT, "a kind of TIFF that the decoder cannot read"
+        )
     return BadImage(ErrorClass.CORRUPT_IMAGE, f"the {name} header is damaged")
 
 

@@ -37,7 +37,7 @@ from pipeline.transforms.preprocess import (
 _log = logging.getLogger("reseg.inference")
 
 _FORWARD_BATCH = {"cpu": 4, "cuda": 16}
-_FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+_FLIPS: tuple[tuple[int, ...], ...] = ((-1,), (-2,), (-2, -1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Prediction:
 
 
 def choose_device(wanted: str) -> str:
-    """"auto" as "cuda" where there is one, else "cpu"."""
+    """ "auto" as "cuda" where there is one, else "cpu"."""
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ class Predictor:
         self.notes: list[str] = []
         _make_deterministic(config.threads or 1)
         architecture = MODELS[bundle.architecture]
-        self._options = decode(architecture.options, bundle.options, bundle.architecture)
+        self._options: Any = decode(architecture.options, bundle.options, bundle.architecture)
         self._architecture = architecture
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model: Any = load_model(bundle).to(self.device)
@@ -209,20 +209,17 @@ class Predictor:
 
     def _forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         images_NCHW = images_NCHW.contiguous(memory_format=self._layout)
-        flips = _FLIPS if self.config.tta else _FLIPS[:1]
+        flips = _FLIPS if self.config.tta else ()
         autocast = (
             torch.autocast(self.device.type, torch.bfloat16)
             if self.config.dtype == "bf16"
             else nullcontext()
         )
         with torch.inference_mode(), autocast:
-            total = None
+            total: torch.Tensor = self._model(images_NCHW).float()
             for axes in flips:
-                logits = self._model(images_NCHW.flip(axes) if axes else images_NCHW).float()
-                logits = logits.flip(axes) if axes else logits
-                total = logits if total is None else total + logits
-            assert total is not None
-            return total / len(flips) if len(flips) > 1 else total
+                total = total + self._model(images_NCHW.flip(axes)).float().flip(axes)
+            return total / (1 + len(flips)) if flips else total
 
     def _finished(self, waiting: "deque[_Case | BadImage]") -> Iterator[Prediction | BadImage]:
         while waiting:

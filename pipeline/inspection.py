@@ -41,7 +41,11 @@ def inspect_source(
     if not sizes:
         raise SourceError(
             f"{source.uri} holds no image"
-            + (f"; {len(listing.ignored)} other files, as {listing.ignored[0]!r}" if listing.ignored else "")
+            + (
+                f"; {len(listing.ignored)} other files, as {listing.ignored[0]!r}"
+                if listing.ignored
+                else ""
+            )
         )
     return {
         "source": source.uri,

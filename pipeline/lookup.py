@@ -38,7 +38,9 @@ def explain_image(night: Night, image_id: str) -> dict[str, Any]:
     receipt = results.load_receipt(night.results, run_id, row["shard_id"])
     return {
         "image": row,
-        "metrics": metrics.drop_columns(["shard_version", "bundle_digest", "config_digest"]).to_pylist(),
+        "metrics": metrics.drop_columns(
+            ["shard_version", "bundle_digest", "config_digest"]
+        ).to_pylist(),
         "night": {
             "night": night.number,
             "run_id": night.metadata["run_id"],
@@ -54,9 +56,7 @@ def explain_image(night: Night, image_id: str) -> dict[str, Any]:
             "source": dict(plan.source),
             "code": dict(plan.code),
         },
-        "parts": {
-            table: path for table, path in asdict(shard.parts).items() if path is not None
-        },
+        "parts": {table: path for table, path in asdict(shard.parts).items() if path is not None},
         "receipt": None
         if receipt is None
         else {"seconds": receipt.seconds, "notes": list(receipt.notes)},
@@ -115,7 +115,9 @@ def _decode_again(night: Night, row: dict[str, Any]) -> DecodedCase:
     with Sandbox(max_pixels=limits.max_pixels, timeout_s=limits.decode_timeout_s) as sandbox:
         decoded = decode_case(encoded, sandbox, config, len(night.metadata["bundle"]["labels"]))
     if row["slice_name"] not in [record.name for record in decoded.usable]:
-        raise ResultsError(f"{row['image_id']!r} cannot be shown: {row['error_class']}: {row['error']}")
+        raise ResultsError(
+            f"{row['image_id']!r} cannot be shown: {row['error_class']}: {row['error']}"
+        )
     return decoded
 
 

@@ -22,7 +22,7 @@ from pipeline.bundle import Bundle
 from pipeline.config import SegmentConfig, output_digest
 from pipeline.errors import RETRIED_ERRORS, ConfigError, ErrorClass, ResultsError, SourceError
 from pipeline.formats import FORMATS, Source, open_source
-from pipeline.records import STATUS_OK, CaseRef, OldParts, Problem, Shard, SliceRef, Work
+from pipeline.records import STATUS_OK, CaseRef, OldParts, Problem, Shard, Work
 from pipeline.results import Night, PublishedShard, RunPlan
 
 Progress = Callable[[int, int, str], None]
@@ -240,7 +240,9 @@ class _Planner:
         compute: list[CaseRef] = []
         copy: list[tuple[str, str]] = []
         fresh = old is not None and self._same_model(old)
-        for case, state in zip(cases, self._states(shard, cases, old_cases, fresh=fresh), strict=True):
+        for case, state in zip(
+            cases, self._states(shard, cases, old_cases, fresh=fresh), strict=True
+        ):
             self._count(state, case, old_cases.get(case.case_id))
             if state == "unchanged":
                 copy.append((case.case_id, case.version or version))
@@ -346,5 +348,3 @@ class _Planner:
                 num_bad=(before.num_bad if before else 0) + (row["status"] != STATUS_OK),
             )
         return found
-
-

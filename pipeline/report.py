@@ -52,7 +52,9 @@ def _outline(mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return mask_HW & ~ndimage.binary_erosion(mask_HW, iterations=2)
 
 
-def _with_caption(picture: npt.NDArray[np.uint8], caption: str, *, has_reference: bool) -> Image.Image:
+def _with_caption(
+    picture: npt.NDArray[np.uint8], caption: str, *, has_reference: bool
+) -> Image.Image:
     height, width = picture.shape[:2]
     page = Image.new("RGB", (width, height + 2 * _CAPTION_PX), (20, 20, 20))
     page.paste(Image.fromarray(picture), (0, 0))

@@ -75,7 +75,9 @@ def write_part(results: str, table: str, rows: pa.Table, shard_id: str) -> PartF
         rows,
         sink,
         compression="zstd",
-        use_dictionary=[name for name in rows.schema.names if name not in ("mask", "labels", "bbox")],
+        use_dictionary=[
+            name for name in rows.schema.names if name not in ("mask", "labels", "bbox")
+        ],
         write_page_checksum=True,
         row_group_size=512,
         data_page_size=256 << 10,
@@ -99,7 +101,9 @@ def _statistics(rows: pa.Table) -> dict[str, Any]:
     bounds: list[dict[str, Any]] = [dict(constants), dict(constants)]
     nulls = dict.fromkeys(constants, 0)
     if "case_index" in rows.schema.names:
-        for bound, value in zip(bounds, pc.min_max(rows.column("case_index")).as_py().values(), strict=True):
+        for bound, value in zip(
+            bounds, pc.min_max(rows.column("case_index")).as_py().values(), strict=True
+        ):
             bound["case_index"] = value
         nulls["error_class"] = rows.column("error_class").null_count
     return {
@@ -196,7 +200,8 @@ def open_night(results: str, number: int | None = None) -> Night | None:
             num_images=row["num_records"],
             num_bad=row["num_records"] - row["null_count.error_class"],
             parts=OldParts(
-                masks=row["path"], **{n: found.get(row["min.shard_id"]) for n, found in others.items()}
+                masks=row["path"],
+                **{n: found.get(row["min.shard_id"]) for n, found in others.items()},
             ),
         )
         for row in sorted(adds, key=lambda row: row["min.shard_id"])
@@ -211,7 +216,8 @@ def open_night(results: str, number: int | None = None) -> Night | None:
 
 
 def _adds(table: DeltaTable) -> list[dict[str, Any]]:
-    return pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    rows: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return rows
 
 
 def _parts_by_shard(results: str, name: str, version: int | None) -> dict[str, str]:
@@ -416,7 +422,9 @@ def verify_receipts(results: str, plan: RunPlan, receipts: Mapping[str, Receipt]
     if missing:
         raise VerificationError(f"{len(missing)} planned shards have no receipt, as {missing[0]!r}")
     with ThreadPoolExecutor(_READERS) as pool:
-        for problem in pool.map(lambda w: _verify_shard(results, w, receipts[w.shard_id]), plan.works):
+        for problem in pool.map(
+            lambda w: _verify_shard(results, w, receipts[w.shard_id]), plan.works
+        ):
             if problem:
                 raise VerificationError(problem)
 
@@ -472,7 +480,9 @@ def published_version(results: str, table: str, run_id: str) -> int | None:
     return None
 
 
-def publish(results: str, plan: RunPlan, receipts: Mapping[str, Receipt], record: Mapping[str, Any]) -> int:
+def publish(
+    results: str, plan: RunPlan, receipts: Mapping[str, Receipt], record: Mapping[str, Any]
+) -> int:
     """Commit a verified run to the three tables, `masks` last; the night's number.
 
     Safe to call again after any failure: a table that has the run's transaction is not committed
@@ -493,7 +503,9 @@ def publish(results: str, plan: RunPlan, receipts: Mapping[str, Receipt], record
 
 
 def _conflict(plan: RunPlan) -> CommitConflict:
-    base = "before the first night" if plan.base_night is None else f"against night {plan.base_night}"
+    base = (
+        "before the first night" if plan.base_night is None else f"against night {plan.base_night}"
+    )
     return CommitConflict(
         f"run {plan.run_id} was planned {base}, but another run has published since; nothing of "
         "it is visible; start again, and what it computed is used where it still fits"
@@ -524,7 +536,7 @@ def _commit_side(
 
 def _remove_all(opened: DeltaTable, plan: RunPlan) -> None:
     """Take back a first commit that no night ever named."""
-    removes = [_remove(row["path"]) for row in _adds(opened)]
+    removes: list[AddAction | RemoveAction] = [_remove(row["path"]) for row in _adds(opened)]
     if removes:
         opened.create_write_transaction(
             removes,
@@ -566,9 +578,7 @@ def _commit(
             opened = _open_table(results, table, base_version)
             if opened is None:
                 raise ResultsError(f"the table {uri} is gone")
-            opened.create_write_transaction(
-                actions, "append", schema, commit_properties=properties
-            )
+            opened.create_write_transaction(actions, "append", schema, commit_properties=properties)
     except (CommitFailedError, DeltaError, OSError) as error:
         landed = published_version(results, table, plan.run_id)
         if landed is not None:

@@ -113,7 +113,7 @@ class Sandbox:
 
     def _start(self) -> None:
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self._pixels = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))
+        self._pixels = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
         descriptor = self._pixels.fileno()
         root = str(Path(__file__).resolve().parent.parent)
         limits = [str(descriptor), str(self._max_pixels), str(self._memory_bytes)]
@@ -185,7 +185,9 @@ def serve(descriptor: int, max_pixels: int, memory_bytes: int) -> None:
         kind, length = _HEADER.unpack(header)
         try:
             data = requests.read(length)
-            pages = decode_image(data, max_pixels) if kind == b"i" else decode_mask(data, max_pixels)
+            pages = (
+                decode_image(data, max_pixels) if kind == b"i" else decode_mask(data, max_pixels)
+            )
             _answer(answers, _write_pages(descriptor, pages))
         except BadImage as error:
             _answer(answers, {"error_class": error.error_class, "message": error.message})
@@ -198,7 +200,7 @@ def _write_pages(descriptor: int, pages: list[npt.NDArray[Any]]) -> dict[str, An
     described, offset, end = [], 0, 0
     for page in pages:
         data = np.ascontiguousarray(page)
-        view = memoryview(data).cast("B") if data.size else memoryview(b"")
+        view = memoryview(data.reshape(-1).view(np.uint8).data)
         while view:
             written = os.pwrite(descriptor, view, offset)
             view, offset = view[written:], offset + written

@@ -72,7 +72,12 @@ def write_shards(
         if done is None:
             data = _encode(source, group, kind)
             storage.write(storage.join(uri, name), data)
-            done = {"name": name, "plan": digest, "sha256": sha256_hex(data), "size_bytes": len(data)}
+            done = {
+                "name": name,
+                "plan": digest,
+                "sha256": sha256_hex(data),
+                "size_bytes": len(data),
+            }
             storage.write(storage.join(uri, ".reseg", f"{name}.json"), json.dumps(done).encode())
             written += 1
         entries.append(done)
@@ -81,7 +86,12 @@ def write_shards(
         images += sum(len(case.slices) for _, case in group)
         if report:
             report(number, len(groups), "shards")
-    index = {"format": "reseg-shards", "version": 1, "plan": digest_json(digests), "shards": entries}
+    index = {
+        "format": "reseg-shards",
+        "version": 1,
+        "plan": digest_json(digests),
+        "shards": entries,
+    }
     storage.write(storage.join(uri, INDEX_FILE), (json.dumps(index, indent=1) + "\n").encode())
     for entry in entries:
         storage.remove(storage.join(uri, ".reseg", f"{entry['name']}.json"))
@@ -145,7 +155,11 @@ def _finished(uri: str, name: str, digest: str) -> dict[str, Any] | None:
         values = json.loads(storage.read(record))
         entries: list[dict[str, Any]] = values.get("shards", [values])
         for entry in entries:
-            if entry["name"] == name and entry["plan"] == digest and entry["size_bytes"] == info.size:
+            if (
+                entry["name"] == name
+                and entry["plan"] == digest
+                and entry["size_bytes"] == info.size
+            ):
                 return entry
     return None
 
@@ -174,7 +188,7 @@ def _encode_parquet(cases: Iterator[EncodedCase]) -> bytes:
                 rows, size = [], 0
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=CASE_SCHEMA))
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def _parquet_row(case: EncodedCase) -> dict[str, Any]:

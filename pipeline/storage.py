@@ -69,6 +69,8 @@ def list_files(uri: str) -> Iterator[FileInfo]:
     if is_remote(uri):
         yield from _list_s3(uri)
         return
+    if os.path.isfile(uri):
+        raise SourceError(f"{uri} is a file; wanted is a folder, or a .tar or .parquet file")
     if not os.path.isdir(uri):
         raise SourceError(f"{uri} is not a folder that exists")
     yield from _list_local(uri, "", set())
@@ -118,13 +120,8 @@ def _list_s3(uri: str) -> Iterator[FileInfo]:
                         size=item["size"],
                         version=item["e_tag"] or f"{item['size']}-{item['last_modified']}",
                     )
-    except Exception as error:  # obstore's errors share no public root
+    except Exception as error:  # noqa: BLE001  (obstore's errors share no public root)
         raise SourceError(f"cannot list {uri}: {_brief(error)}") from None
-
-
-def is_file(uri: str) -> bool:
-    """Whether a local path is a file; object storage has no such question."""
-    return not is_remote(uri) and os.path.isfile(uri)
 
 
 def file_info(uri: str) -> FileInfo | None:
@@ -179,7 +176,9 @@ def open_reader(uri: str) -> BinaryIO:
         import obstore
 
         bucket, key = _split(uri)
-        return cast(BinaryIO, io.BufferedReader(_RangeReader(obstore.open_reader(_store(bucket), key))))
+        return cast(
+            BinaryIO, io.BufferedReader(_RangeReader(obstore.open_reader(_store(bucket), key)))
+        )
     return open(uri, "rb")
 
 

@@ -5,6 +5,7 @@ up to three ellipsoid lesions, noise, and a gain that differs from case to case.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ def make_phantom(index: int, *, num_slices: int = 12, side: int = 96) -> Phantom
     """Phantom number `index`; the same number gives the same pixels on every machine."""
     rng = np.random.default_rng([20261122, index])
     grid = np.meshgrid(
-        np.linspace(-1, 1, num_slices), np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij"
+        np.linspace(-1, 1, num_slices),
+        np.linspace(-1, 1, side),
+        np.linspace(-1, 1, side),
+        indexing="ij",
     )
-    head = _ellipsoid(grid, (0, 0, 0), (1.35, 0.85 + 0.08 * rng.random(), 0.70 + 0.08 * rng.random()))
+    head = _ellipsoid(
+        grid, (0, 0, 0), (1.35, 0.85 + 0.08 * rng.random(), 0.70 + 0.08 * rng.random())
+    )
     values = np.where(head < 1, 0.42, 0.0) + np.where((head > 0.86) & (head < 1), 0.38, 0.0)
     texture = ndimage.gaussian_filter(rng.standard_normal(head.shape), (1, 6, 6))
     values += np.where(head < 0.86, 0.5 * texture / max(texture.std(), 1e-9) * 0.08, 0.0)
@@ -56,7 +62,7 @@ def make_phantom(index: int, *, num_slices: int = 12, side: int = 96) -> Phantom
 
 
 def _ellipsoid(
-    grid: list[npt.NDArray[Any]], centre: tuple[float, ...], radii: tuple[float, ...]
+    grid: Sequence[npt.NDArray[Any]], centre: tuple[float, ...], radii: tuple[float, ...]
 ) -> npt.NDArray[np.float64]:
     """Squared distance from a centre in units of the radii: below 1 is inside."""
     total = np.zeros(grid[0].shape)

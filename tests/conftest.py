@@ -127,9 +127,11 @@ def segment_here() -> Callable[..., Any]:
         patch = pytest.MonkeyPatch()
         patch.setattr(segment, "_stream_receipts", stream)
         patch.setattr(segment, "connect", lambda *_: nullcontext())
-        patch.setattr(segment, "plan_pool", lambda *_: segment.Pool(
-            num_actors=1, cpus_per_actor=1, gpus_per_actor=0, task_cpus=1
-        ))
+        patch.setattr(
+            segment,
+            "plan_pool",
+            lambda *_: segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0, task_cpus=1),
+        )
         try:
             return segment.run_segment(*arguments, **options)
         finally:
@@ -146,9 +148,18 @@ def rows_of(results: Path | str, table: str, night: int | None = None) -> list[d
     assert opened is not None
     rows = read_table(opened, table).to_pylist()
     for row in rows:
-        for key in ("run_id", "shard_id", "shard_version", "case_version", "case_index", "source_uri"):
+        for key in (
+            "run_id",
+            "shard_id",
+            "shard_version",
+            "case_version",
+            "case_index",
+            "source_uri",
+        ):
             row.pop(key, None)
-    return sorted(rows, key=lambda row: json.dumps([row.get(k) for k in ("case_id", "image_id", "label")]))
+    return sorted(
+        rows, key=lambda row: json.dumps([row.get(k) for k in ("case_id", "image_id", "label")])
+    )
 
 
 def digests_of(results: Path | str, night: int | None = None) -> dict[str, str | None]:

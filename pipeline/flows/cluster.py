@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,20 +44,26 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
         _be_quiet()
         yield
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
             if address is None:
                 _start_local(resources, threads)
             else:
-                ray.init(address=address, log_to_driver=False, logging_level="error")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         brief = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"cannot connect to Ray at {address!r}: {brief}; {_CONNECT_HINT}") from None
+        raise ConfigError(
+            f"cannot connect to Ray at {address!r}: {brief}; {_CONNECT_HINT}"
+        ) from None
+    if on_terminate is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place
     _be_quiet()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # Ray prints retries there
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start_local(resources: ResourceConfig, threads: int) -> None:
@@ -67,7 +75,7 @@ def _start_local(resources: ResourceConfig, threads: int) -> None:
         num_cpus=max(_cores(), wanted) + 1,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         object_store_memory=resources.object_store_bytes or None,
     )
     _protect_token()
@@ -114,7 +122,7 @@ def plan_pool(resources: ResourceConfig, threads: int, num_works: int) -> Pool:
     """
     import ray
 
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     on_gpu = gpus >= 1 and resources.device != "cpu"
     if resources.device == "cuda" and not on_gpu:

@@ -43,9 +43,7 @@ class Demo:
         }
 
 
-def run_demo(
-    out: Path, num_cases: int, report: Callable[..., None] | None = None
-) -> Demo:
+def run_demo(out: Path, num_cases: int, report: Callable[..., None] | None = None) -> Demo:
     """Write phantoms, shard and segment them below `out`, draw the slice with most lesion.
 
     Raises ConfigError if `out` holds something that is not a demo of this size.

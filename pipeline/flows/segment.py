@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from threading import local
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -30,8 +30,16 @@ from pipeline.cases import (
     pack_predicted,
     unpack_predicted,
 )
-from pipeline.config import SegmentConfig, decode
-from pipeline.errors import BadImage, ConfigError, ResegError, RunStalled, StorageError, TooManyBadImages
+from pipeline.config import SegmentConfig
+from pipeline.errors import (
+    BadImage,
+    ConfigError,
+    ErrorClass,
+    ResegError,
+    RunStalled,
+    StorageError,
+    TooManyBadImages,
+)
 from pipeline.flows.cluster import Pool, connect, plan_pool, quiet_deprecations
 from pipeline.formats import FORMATS, Source
 from pipeline.planning import check_run_id, make_plan
@@ -39,10 +47,10 @@ from pipeline.records import (
     STATUS_OK,
     EncodedCase,
     EncodedSlice,
-    ErrorClass,
     Problem,
     Receipt,
     Work,
+    receipt_from_json,
     work_from_json,
 )
 from pipeline.results import RunPlan
@@ -249,7 +257,7 @@ def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Rec
         dataset = (
             ray.data.from_items(works, override_num_blocks=len(works))
             .map_batches(
-                _read_stage,
+                cast(Any, _read_stage),
                 batch_size=None,
                 batch_format="pyarrow",
                 fn_kwargs={"job": job},
@@ -270,7 +278,7 @@ def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Rec
                 max_task_retries=retries,
             )
             .map_batches(
-                _finish_stage,
+                cast(Any, _finish_stage),
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_kwargs={"job": job},
@@ -280,7 +288,7 @@ def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Rec
         )
     try:
         for row in dataset.iter_rows():
-            yield results.receipt_from_json(row["receipt"])
+            yield receipt_from_json(row["receipt"])
     except ExecutionTimeoutError as error:
         raise RunStalled(_stalled(str(error), resources.stall_timeout_s)) from None
     except RayError as error:
@@ -311,7 +319,14 @@ def _cause(error: BaseException, run_id: str) -> ResegError:
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     text = str(error)
-    stage = next((s for n, s in (("_read", "read"), ("_Predict", "predict"), ("_finish", "finish")) if n in text), "unknown")
+    stage = next(
+        (
+            s
+            for n, s in (("_read", "read"), ("_Predict", "predict"), ("_finish", "finish"))
+            if n in text
+        ),
+        "unknown",
+    )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return StorageError(
         f"the {stage} stage failed more often than it may: {(lines or ['?'])[-1][:300]}; what is done "
@@ -352,7 +367,9 @@ def _publish(
     for finished in results.open_runs(results_uri):
         results.close_run(results_uri, finished)
     log_event(_log, "published", run=plan.run_id, night=night, images=total, bad=bad)
-    return _summary(plan, ordered, night, started, resumed=resumed, published=True, results_uri=results_uri)
+    return _summary(
+        plan, ordered, night, started, resumed=resumed, published=True, results_uri=results_uri
+    )
 
 
 def night_totals(plan: RunPlan, receipts: Sequence[Receipt]) -> tuple[int, int]:
@@ -509,9 +526,7 @@ class _PredictStage:
                 memory_bytes=limits.decode_memory_bytes,
             )
         started = time.monotonic()
-        decoded = decode_case(
-            case, self._thread.sandbox, self._job.config.source, self._num_labels
-        )
+        decoded = decode_case(case, self._thread.sandbox, self._job.config.source, self._num_labels)
         self._decode_s += time.monotonic() - started
         return decoded
 
@@ -607,6 +622,10 @@ def write_shard(
                 row.setdefault("numerics", told["numerics"])
         rows.sort(key=lambda row: (row["case_id"], row.get("slice_index", 0), row.get("label", 0)))
         tables[table] = pa.Table.from_pylist(rows, schema=results.table_schema(table))
+    parts = {
+        table: results.write_part(job.results, table, rows, work.shard_id)
+        for table, rows in tables.items()
+    }
     masks = tables["masks"]
     return Receipt(
         shard_id=work.shard_id,
@@ -615,10 +634,9 @@ def write_shard(
         num_images=masks.num_rows,
         num_bad=sum(status != STATUS_OK for status in masks.column("status").to_pylist()),
         num_computed=sum(len(case.masks) for case in computed),
-        **{
-            table: results.write_part(job.results, table, tables[table], work.shard_id)
-            for table in results.TABLES
-        },
+        masks=parts["masks"],
+        metrics=parts["metrics"],
+        cases=parts["cases"],
     )
 
 

@@ -21,8 +21,6 @@ def open_source(location: str, config: SourceConfig, limits: LimitsConfig) -> So
     patterns.pattern_keys(config.images, config.masks)
     uri = storage.resolve(location)
     name = config.format if config.format != "auto" else _detect(uri)
-    if name == "folder" and storage.is_file(uri):
-        raise SourceError(f"{uri} is a file; a folder of pictures is wanted, or a .tar or .parquet")
     return Source(uri=uri, format=name, config=config, limits=limits)
 
 

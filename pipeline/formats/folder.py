@@ -10,7 +10,7 @@ from pipeline.config import digest_json
 from pipeline.errors import ErrorClass
 from pipeline.formats.patterns import (
     Entry,
-    Key,
+    Keys,
     group_cases,
     pattern_keys,
     special_file_problem,
@@ -23,22 +23,19 @@ from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, prin
 def list_shards(source: Source) -> Listing:
     """All cases of the folder, in `source.num_buckets` shards; a new case moves no other."""
     config = source.config
-    key_of = pattern_keys(config.images, config.masks) if config.images else _each_file_a_case
+    keys_of = pattern_keys(config.images, config.masks) if config.images else _each_file_a_case
     entries = [_entry(info) for info in storage.list_files(source.uri)]
     expected = bool(config.masks) and config.references == "auto"
-    cases, ignored = group_cases(entries, key_of, masks_expected=expected)
+    cases, ignored = group_cases(entries, keys_of, masks_expected=expected)
     num_buckets = source.num_buckets or _choose_buckets(cases)
     buckets: dict[int, list[CaseRef]] = defaultdict(list)
     for case in cases:
         number = int.from_bytes(hashlib.sha256(case.case_id.encode()).digest()[:8], "big")
         buckets[number % num_buckets].append(replace(case, version=_case_version(case)))
     shards = tuple(
-        _bucket(index, num_buckets, tuple(members))
-        for index, members in sorted(buckets.items())
+        _bucket(index, num_buckets, tuple(members)) for index, members in sorted(buckets.items())
     )
-    return Listing(
-        shards=shards, ignored=tuple(map(printable, ignored)), num_buckets=num_buckets
-    )
+    return Listing(shards=shards, ignored=tuple(map(printable, ignored)), num_buckets=num_buckets)
 
 
 _IMAGES_PER_BUCKET, _BYTES_PER_BUCKET = 256, 64 << 20
@@ -67,10 +64,10 @@ def _entry(info: storage.FileInfo) -> Entry:
     return Entry(path=info.path, locator=locator, problem=problem)
 
 
-def _each_file_a_case(path: str) -> Key | None:
+def _each_file_a_case(path: str) -> Keys:
     if path.lower().endswith(PICTURE_SUFFIXES + REFUSED_SUFFIXES):
-        return printable(path), "0", False
-    return None
+        return (printable(path), "0"), None
+    return None, None
 
 
 def _case_version(case: CaseRef) -> str:

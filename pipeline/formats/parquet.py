@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import BadImage, ErrorClass
 from pipeline.formats.patterns import MISSING_MASK, natural_key
-from pipeline.formats.source import FORMATS, Format, Listing, Source, archive_problem, broken_shard, read_case, split_unusable
+from pipeline.formats.source import (
+    FORMATS,
+    Format,
+    Listing,
+    Source,
+    archive_problem,
+    broken_shard,
+    read_case,
+    split_unusable,
+)
 from pipeline.formats.tar import list_archives
 from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, SliceRef, sha256_hex
 
@@ -61,13 +70,11 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_list_of(kind: pa.DataType, test: Any) -> bool:
-    return bool(
-        (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and test(kind.value_type)
-    )
+    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and test(kind.value_type))
 
 
 def _layout(schema: pa.Schema) -> str:
-    """"cases" or the name of the key column of a plain table. Raises BadImage."""
+    """ "cases" or the name of the key column of a plain table. Raises BadImage."""
     kinds = {field.name: field.type for field in schema}
     if (
         _is_text(kinds.get("case_id", pa.null()))
@@ -78,8 +85,10 @@ def _layout(schema: pa.Schema) -> str:
         return "cases"
     masks_fit = "mask" not in kinds or _is_binary(kinds["mask"])
     for name in _KEY_COLUMNS:
-        if _is_text(kinds.get(name, pa.null())) and masks_fit and _is_binary(
-            kinds.get("image", pa.null())
+        if (
+            _is_text(kinds.get(name, pa.null()))
+            and masks_fit
+            and _is_binary(kinds.get("image", pa.null()))
         ):
             return name
     found = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
@@ -105,40 +114,37 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
 
 
 def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> list[CaseRef]:
-    schema = file.schema_arrow
+    names = file.schema_arrow.names
     wanted = ["case_id", "slice_names", "spacing_mm"] if layout == "cases" else [layout]
-    rows = file.read(columns=[n for n in wanted if n in schema.names]).to_pylist()
-    masks = _masks_present(file, layout) if source.config.references == "auto" else []
-    expected = any(any(item) for item in masks)
-    cases, seen = [], dict[str, int]()
+    rows = file.read(columns=[name for name in wanted if name in names]).to_pylist()
+    masks = _masks_present(file, layout)
+    expected = source.config.references == "auto" and any(any(row) for row in masks)
+    seen: dict[str, int] = {}
+    cases = []
     for number, row in enumerate(rows):
-        case_id = row["case_id" if layout == "cases" else layout]
-        names = _slice_names(row["slice_names"]) if layout == "cases" else ["0"]
-        problem = None
-        if case_id is None:
-            case_id = f"row {number}"
+        case_id = row[layout if layout != "cases" else "case_id"]
+        case_id = f"row {number}" if case_id is None else case_id
         seen[case_id] = seen.get(case_id, 0) + 1
+        problem = None
         if seen[case_id] > 1:
             message = "an earlier row of the shard has the same case id"
             problem = Problem(error_class=ErrorClass.DUPLICATE_KEY, message=message)
             case_id = f"{case_id}~{seen[case_id]}"
-        present = masks[number] if masks else []
+        has_mask = dict(enumerate(masks[number] if masks else []))
         slices = [
             SliceRef(
                 name=name,
                 image=_locator(shard, number, index),
-                mask=_locator(shard, number, index),
-                problem=problem
-                or (MISSING_MASK if expected and not present[index : index + 1] == [True] else None),
+                mask=_locator(shard, number, -1 - index) if has_mask.get(index) else None,
+                problem=problem or (MISSING_MASK if expected and not has_mask.get(index) else None),
             )
-            for index, name in enumerate(names)
+            for index, name in enumerate(_slice_names(row.get("slice_names")))
         ]
-        slices.sort(key=lambda item: natural_key(item.name))
         spacing = row.get("spacing_mm")
         cases.append(
             CaseRef(
                 case_id=case_id,
-                slices=tuple(slices),
+                slices=tuple(sorted(slices, key=lambda item: natural_key(item.name))),
                 spacing_mm=tuple(spacing) if spacing else None,
             )
         )
@@ -146,6 +152,7 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> l
 
 
 def _locator(shard: Shard, row: int, item: int) -> Locator:
+    """Where an image is, or, with -1 minus its position as item, its mask."""
     return Locator(path=shard.path, offset=row, version=shard.version, item=item)
 
 
@@ -160,18 +167,23 @@ def _slice_names(stored: list[str | None] | None) -> list[str]:
 
 def _masks_present(file: pq.ParquetFile, layout: str) -> list[list[bool]]:
     """For each row and slice, whether it has a reference mask."""
-    schema = file.schema_arrow
+    names = file.schema_arrow.names
     if layout == "cases":
-        if "mask_sha256" not in schema.names:
+        column = next((name for name in ("mask_sha256", "masks") if name in names), None)
+        if column is None:
             return []
-        rows = file.read(columns=["mask_sha256"])["mask_sha256"].to_pylist()
-        return [[item is not None for item in row or []] for row in rows]
-    if "mask" not in schema.names:
+        return [
+            [item.is_valid for item in row] if row.is_valid else []
+            for batch in file.iter_batches(batch_size=16, columns=[column])
+            for row in batch.column(0)
+        ]
+    if "mask" not in names:
         return []
-    present: list[list[bool]] = []
-    for batch in file.iter_batches(batch_size=64, columns=["mask"]):
-        present.extend([bool(valid)] for valid in batch.column(0).is_valid().to_pylist())
-    return present
+    return [
+        [bool(valid)]
+        for batch in file.iter_batches(batch_size=64, columns=["mask"])
+        for valid in batch.column(0).is_valid().to_pylist()
+    ]
 
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
@@ -212,70 +224,47 @@ def _read_group(
     names = file.schema_arrow.names
     plain = layout != "cases"
     wanted = ["image", "mask"] if plain else ["images", "masks", "image_sha256", "mask_sha256"]
-    wanted = [name for name in wanted if name in names]
     try:
-        table: pa.Table | None = file.read_row_group(group, columns=wanted)
+        table = file.read_row_group(group, columns=[name for name in wanted if name in names])
     except (pa.ArrowException, OSError):
         table = None
+
+    def fetch(locator: Locator) -> bytes | Problem:
+        if table is None:
+            message = "the pages of its row group fail their checksums"
+            return Problem(error_class=ErrorClass.CORRUPT_PARQUET, message=message)
+        return _cell(table, locator, start, plain=plain)
+
     for index in range(file.metadata.row_group(group).num_rows):
-        case = by_row.get(start + index)
-        if case is None:
-            continue
-        row = {} if table is None else {n: table.column(n)[index] for n in wanted}
-        yield _read_row(source, case, row, plain=plain, damaged=table is None)
+        if start + index in by_row:
+            yield read_case(source, by_row[start + index], fetch)
 
 
-def _read_row(
-    source: Source, case: CaseRef, row: dict[str, Any], *, plain: bool, damaged: bool
-) -> EncodedCase:
-    def value(column: str, position: int) -> Any:
-        cell = row.get(column)
+def _cell(table: pa.Table, locator: Locator, start: int, *, plain: bool) -> bytes | Problem:
+    """The encoded bytes that a locator means, checked against their digest where there is one."""
+    is_mask = locator.item < 0
+    position = -1 - locator.item if is_mask else locator.item
+
+    def value(column: str) -> Any:
+        cell = (
+            table.column(column)[locator.offset - start] if column in table.column_names else None
+        )
         if cell is None or not cell.is_valid:
             return None
         if plain:
             return cell.as_py()
         return cell[position].as_py() if position < len(cell) else None
 
-    def fetch(column: str, digests: str, locator: Locator) -> bytes | Problem | None:
-        if damaged:
-            message = "the pages of its row group fail their checksums"
-            return Problem(error_class=ErrorClass.CORRUPT_PARQUET, message=message)
-        data = value(column, locator.item)
-        expected = None if plain else value(digests, locator.item)
-        if data is not None and expected is not None and sha256_hex(data) != expected:
-            message = "its bytes do not have the SHA-256 that the shard says"
-            return Problem(error_class=ErrorClass.CHECKSUM_MISMATCH, message=message)
-        return data if data is None or isinstance(data, Problem) else bytes(data)
-
-    slices = []
-    for ref in case.slices:
-        mask = ref.mask and fetch("mask" if plain else "masks", "mask_sha256", ref.mask)
-        image = ref.image and fetch("image" if plain else "images", "image_sha256", ref.image)
-        problem = ref.problem
-        if image is None and problem in (None, MISSING_MASK):
-            message = "the row has no image"
-            problem = Problem(error_class=ErrorClass.MISSING_IMAGE, message=message)
-        slices.append((ref, image, mask, problem))
-    fetched = {id(ref.image): image for ref, image, _, _ in slices}
-    fetched |= {id(ref.mask): mask for ref, _, mask, _ in slices}
-    trimmed = CaseRef(
-        case_id=case.case_id,
-        spacing_mm=case.spacing_mm,
-        slices=tuple(
-            SliceRef(
-                name=ref.name,
-                image=ref.image,
-                mask=ref.mask if mask is not None else None,
-                problem=problem,
-            )
-            for ref, _, mask, problem in slices
-        ),
-    )
-    return read_case(source, trimmed, lambda locator: _present(fetched[id(locator)]))
-
-
-def _present(data: bytes | Problem | None) -> bytes | Problem:
-    return b"" if data is None else data
+    role = "mask" if is_mask else "image"
+    data = value(role if plain else f"{role}s")
+    if data is None:
+        message = f"the row has no {role}"
+        return Problem(error_class=ErrorClass.MISSING_IMAGE, message=message)
+    expected = None if plain else value(f"{role}_sha256")
+    if expected is not None and sha256_hex(data) != expected:
+        message = "its bytes do not have the SHA-256 that the shard says"
+        return Problem(error_class=ErrorClass.CHECKSUM_MISMATCH, message=message)
+    return bytes(data)
 
 
 FORMATS.register("parquet")(

@@ -34,8 +34,11 @@ class Entry:
     problem: Problem | None = None
 
 
-Key = tuple[str, str, bool]
-"""(case id, slice name, whether it is a mask)"""
+Key = tuple[str, str]
+"""(case id, slice name)"""
+
+Keys = tuple[Key | None, Key | None]
+"""What a path would be as an image, and as a mask; None: it cannot be one."""
 
 
 def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
@@ -61,25 +64,21 @@ def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
     return re.compile("".join(parts), re.DOTALL)
 
 
-def pattern_keys(images: str, masks: str) -> Callable[[str], Key | None]:
-    """A function from path to key, by the configured patterns; None: the file is not ours.
-
-    A file that fits both is a mask, since a mask's name is usually an image's plus a word.
-    """
+def pattern_keys(images: str, masks: str) -> Callable[[str], Keys]:
+    """A function from a path to its keys by the configured patterns. Raises ConfigError."""
     image_regex = compile_pattern(images, "--images") if images else None
     mask_regex = compile_pattern(masks, "--masks") if masks else None
     if mask_regex and not image_regex:
         raise ConfigError(f"--masks {masks!r} needs --images too: the two must share their fields")
 
-    def key_of(path: str) -> Key | None:
-        for regex, is_mask in ((mask_regex, True), (image_regex, False)):
-            match = regex.fullmatch(path) if regex else None
-            if match:
-                fields = match.groupdict()
-                return printable(fields["case"]), printable(fields.get("slice") or "0"), is_mask
-        return None
+    def match(regex: re.Pattern[str] | None, path: str) -> Key | None:
+        found = regex.fullmatch(path) if regex else None
+        if not found:
+            return None
+        fields = found.groupdict()
+        return printable(fields["case"]), printable(fields.get("slice") or "0")
 
-    return key_of
+    return lambda path: (match(image_regex, path), match(mask_regex, path))
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -93,24 +92,30 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 def group_cases(
     entries: Iterable[Entry],
-    key_of: Callable[[str], Key | None],
+    keys_of: Callable[[str], Keys],
     *,
     masks_expected: bool | None,
 ) -> tuple[list[CaseRef], list[str]]:
     """Put entries together into cases; also the paths that are not ours.
 
-    masks_expected: whether an image without a mask is reported; None: if any entry is a mask.
-    A second entry under a taken key stays visible, as DuplicateKey under the name `NAME~2`.
+    A path that fits both patterns is a mask, whose name is usually an image's plus a word, unless
+    it has a mask of its own. masks_expected: whether an image without a mask is reported; None: if
+    any entry is a mask. A second entry under a taken key stays visible, as DuplicateKey under the
+    name `NAME~2`.
     """
     images: dict[str, dict[str, Entry]] = {}
     masks: dict[str, dict[str, Entry]] = {}
     ignored: list[str] = []
-    for entry in sorted(entries, key=lambda item: (item.locator.offset, item.path)):
-        key = key_of(entry.path)
+    ordered = sorted(entries, key=lambda item: (item.locator.offset, item.path))
+    keyed = [(entry, *keys_of(entry.path)) for entry in ordered]
+    mask_keys = {as_mask for _, _, as_mask in keyed if as_mask is not None}
+    for entry, as_image, as_mask in keyed:
+        is_mask = as_mask is not None and (as_image is None or as_image not in mask_keys)
+        key = as_mask if is_mask else as_image
         if key is None:
             ignored.append(entry.path)
             continue
-        case_id, slice_name, is_mask = key
+        case_id, slice_name = key
         table = (masks if is_mask else images).setdefault(case_id, {})
         table[_free_name(table, slice_name)] = (
             entry if slice_name not in table else _duplicate(entry)
@@ -143,7 +148,7 @@ def _case(
     slices = []
     for name in sorted(images.keys() | masks.keys(), key=natural_key):
         image, mask = images.get(name), masks.get(name)
-        problem = (image and image.problem) or (mask and mask.problem)
+        problem = next((e.problem for e in (image, mask) if e and e.problem), None)
         if problem is None and image is None:
             problem = _MISSING_IMAGE
         if problem is None and mask is None and masks_expected:

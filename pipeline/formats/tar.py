@@ -21,12 +21,21 @@ from pipeline.errors import BadImage, ErrorClass
 from pipeline.formats.patterns import (
     MISSING_MASK,
     Entry,
-    Key,
+    Keys,
     group_cases,
     pattern_keys,
     special_file_problem,
 )
-from pipeline.formats.source import FORMATS, Format, Listing, Source, archive_problem, broken_shard, read_case, split_unusable
+from pipeline.formats.source import (
+    FORMATS,
+    Format,
+    Listing,
+    Source,
+    archive_problem,
+    broken_shard,
+    read_case,
+    split_unusable,
+)
 from pipeline.images import PICTURE_SUFFIXES, REFUSED_SUFFIXES
 from pipeline.records import (
     CaseRef,
@@ -145,9 +154,9 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
     finally:
         archive.close()
     config = source.config
-    key_of = pattern_keys(config.images, config.masks) if config.images else _webdataset_key
+    keys_of = pattern_keys(config.images, config.masks) if config.images else _webdataset_keys
     expected = None if config.references == "auto" else False
-    grouped, _ = group_cases(entries, key_of, masks_expected=expected)
+    grouped, _ = group_cases(entries, keys_of, masks_expected=expected)
     return [*cases, *grouped]
 
 
@@ -192,7 +201,7 @@ def _entries(
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All members but folders; the archive's own list of them is kept empty, so memory is flat."""
     while (member := tar.next()) is not None:
-        tar.members = []
+        tar.members = []  # type: ignore[attr-defined]
         if not member.isdir():
             yield member
 
@@ -223,17 +232,17 @@ def _member_problem(source: Source, member: tarfile.TarInfo) -> Problem | None:
     return None
 
 
-def _webdataset_key(path: str) -> Key | None:
+def _webdataset_keys(path: str) -> Keys:
     """The key rule of the module's docstring; unsafe names are kept whole."""
     lowered = path.lower()
     suffix = next((s for s in PICTURE_SUFFIXES + REFUSED_SUFFIXES if lowered.endswith(s)), None)
     if suffix is None:
         unsafe = path.startswith("/") or ".." in path.split("/")
-        return (printable(path), "0", False) if unsafe else None
+        return ((printable(path), "0"), None) if unsafe else (None, None)
     stem = path[: -len(suffix)]
     if _MASK_WORD.search(stem):
-        return printable(_MASK_WORD.sub("", stem)), "0", True
-    return printable(_IMAGE_WORD.sub("", stem)), "0", False
+        return None, (printable(_MASK_WORD.sub("", stem)), "0")
+    return (printable(_IMAGE_WORD.sub("", stem)), "0"), None
 
 
 def _sidecar(archive: _Guarded, member: tarfile.TarInfo) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.metrics import overlap, shape, surface
 from pipeline.metrics.source import METRICS, Mask, Metric, Spacing
 
-__all__ = ["METRICS", "Metric", "metric_columns", "compute_metrics", "overlap", "shape", "surface"]
+__all__ = ["METRICS", "Metric", "compute_metrics", "metric_columns", "overlap", "shape", "surface"]
 
 
 def metric_columns(table: str) -> list[tuple[str, pa.DataType]]:

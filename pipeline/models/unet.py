@@ -7,7 +7,7 @@ Mazurowski 2019 and mateuszbuda/brain-segmentation-pytorch; the seed article's l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -122,9 +122,7 @@ class UNet(nn.Module):
                 skip = _centre(skip, raised.shape)
             elif raised.shape[-2:] != skip.shape[-2:]:
                 raised = _pad_to(raised, skip.shape)
-            first, second = (
-                (raised, skip) if self.options.concat == "up_first" else (skip, raised)
-            )
+            first, second = (raised, skip) if self.options.concat == "up_first" else (skip, raised)
             features = block(torch.cat([first, second], dim=1))
         logits_NKHW: torch.Tensor = self.head(features)
         return logits_NKHW
@@ -250,7 +248,9 @@ def _split(key: str) -> tuple[str, str]:
     return module, tensor
 
 
-def from_published(state: Mapping[str, torch.Tensor], layout: str, depth: int) -> dict[str, torch.Tensor]:
+def from_published(
+    state: Mapping[str, torch.Tensor], layout: str, depth: int
+) -> dict[str, torch.Tensor]:
     """A published state dict under our names; unknown names are kept, for the error to show."""
     names = layout_names(layout, depth)
     return {
@@ -259,7 +259,9 @@ def from_published(state: Mapping[str, torch.Tensor], layout: str, depth: int) -
     }
 
 
-def to_published(state: Mapping[str, torch.Tensor], layout: str, depth: int) -> dict[str, torch.Tensor]:
+def to_published(
+    state: Mapping[str, torch.Tensor], layout: str, depth: int
+) -> dict[str, torch.Tensor]:
     """Our state dict under a published layout's names."""
     names = {ours: theirs for theirs, ours in layout_names(layout, depth).items()}
     return {
@@ -282,16 +284,18 @@ def published_options(state: Mapping[str, torch.Tensor], layout: str) -> UNetOpt
         return None
     width, in_channels = int(state[first].shape[0]), int(state[first].shape[1])
     out_channels = int(state[last[layout]].shape[0])
-    common = {"in_channels": in_channels, "out_channels": out_channels, "width": width}
+    common: dict[str, Any] = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "width": width,
+    }
     if layout == "buda":
         return UNetOptions(**common, depth=4, up="transposed", concat="up_first")
     if layout == "article":
         return UNetOptions(**common, depth=5, up="nearest", concat="up_first", bias=True)
     if any(key.startswith("up1.up.") for key in state):
         return UNetOptions(**common, depth=4, up="transposed", concat="skip_first")
-    return UNetOptions(
-        **common, depth=4, up="bilinear", concat="skip_first", hidden="half_input"
-    )
+    return UNetOptions(**common, depth=4, up="bilinear", concat="skip_first", hidden="half_input")
 
 
 def swap_decoder_halves(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

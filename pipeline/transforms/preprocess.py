@@ -238,7 +238,9 @@ class PadToMultiple:
     def apply(self, volume_ZHWC: Array, context: Context) -> tuple[Array, list[Move]]:
         """Volume with both sides a multiple of `of`."""
         z, y, x = (int(size) for size in volume_ZHWC.shape[:3])
-        return _window(volume_ZHWC, (0, 0, 0), (z, -(-y // self.of) * self.of, -(-x // self.of) * self.of))
+        return _window(
+            volume_ZHWC, (0, 0, 0), (z, -(-y // self.of) * self.of, -(-x // self.of) * self.of)
+        )
 
 
 @PREPROCESS.register("resize")
@@ -286,11 +288,11 @@ def _nearest_resize(size_in: int, size_out: int) -> npt.NDArray[np.intp]:
 
 
 @lru_cache(maxsize=64)
-def _spline_matrix(size_in: int, size_out: int, order: int) -> npt.NDArray[np.float64]:
+def _spline_matrix(size_in: int, size_out: int, order: Literal[1, 2]) -> npt.NDArray[np.float64]:
     """The matrix (size_out, size_in) of a one-dimensional spline resize, prefilter included."""
     matrix = ndimage.zoom(
         np.eye(size_in),
-        (size_out / size_in, 1),
+        (size_out / size_in, 1.0),
         order=order,
         mode="grid-constant",
         grid_mode=True,
@@ -373,7 +375,9 @@ class ScaleToRange:
             bottom = float(volume.min())
             extent = float(volume.max()) - bottom
         unit = (volume - bottom) / extent if extent > 0 else volume * 0.0
-        return (unit if (self.low, self.high) == (0, 1) else self.low + unit * (self.high - self.low)), []
+        return (
+            unit if (self.low, self.high) == (0, 1) else self.low + unit * (self.high - self.low)
+        ), []
 
 
 @PREPROCESS.register("percentile_rescale")

@@ -35,7 +35,11 @@ def buda(shared, tmp_path_factory) -> str:
 
 def unpack(shared, folder: Path, patients: int) -> Path:
     script = shared("data", "unpack_lgg.py")
-    subprocess.run([sys.executable, script, folder, "--patients", str(patients)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, script, folder, "--patients", str(patients)],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -92,7 +96,7 @@ def test_layout_does_not_reach_a_mask(
     folder = unpack(shared, tmp_path / "lgg", 6)
     expected = plain_loop(folder, buda)
     if shuffled:
-        files = [path for path in folder.rglob("*.tif")]
+        files = list(folder.rglob("*.tif"))
         random.Random(7).shuffle(files)
         for path in files:
             target = tmp_path / "shuffled" / path.relative_to(folder)

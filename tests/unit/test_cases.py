@@ -83,7 +83,11 @@ def break_slice(index, **changes):
         ({"image": b""}, ErrorClass.EMPTY_FILE, False),
         ({"image": b"text"}, ErrorClass.NOT_AN_IMAGE, False),
         ({"image": encode_png(np.zeros((9, 9), np.uint8))}, ErrorClass.SLICE_SHAPE_MISMATCH, False),
-        ({"image": encode_png(np.zeros((40, 40, 3), np.uint8))}, ErrorClass.SLICE_SHAPE_MISMATCH, False),
+        (
+            {"image": encode_png(np.zeros((40, 40, 3), np.uint8))},
+            ErrorClass.SLICE_SHAPE_MISMATCH,
+            False,
+        ),
         ({"mask": encode_png(np.zeros((9, 9), np.uint8))}, ErrorClass.MASK_SIZE_MISMATCH, True),
         ({"mask": encode_png(np.full((40, 40), 7, np.uint8))}, ErrorClass.CLASS_OUT_OF_RANGE, True),
         ({"mask": b"junk"}, ErrorClass.BAD_MASK, True),
@@ -99,7 +103,9 @@ def break_slice(index, **changes):
         ),
     ],
 )
-def test_a_bad_slice_is_a_row_and_its_neighbours_are_untouched(sandbox, changes, expected, keeps_mask):
+def test_a_bad_slice_is_a_row_and_its_neighbours_are_untouched(
+    sandbox, changes, expected, keeps_mask
+):
     good = finish_case(predicted_as_reference(decode(encoded_case(), sandbox)), RECIPE, ["lesion"])
     decoded = decode(encoded_case(break_slice(2, **changes)), sandbox)
     rows = finish_case(predicted_as_reference(decoded), RECIPE, ["lesion"])

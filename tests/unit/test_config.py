@@ -11,7 +11,10 @@ def test_precedence_is_file_then_set_then_options(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("max_bad_share = 0.1\n[inference]\nwindow = 64\nbatch_size = 2\n")
     config = load_config(
-        SegmentConfig, path, ["inference.batch_size=3", "inference.dtype=bf16"], {"inference.window": 128}
+        SegmentConfig,
+        path,
+        ["inference.batch_size=3", "inference.dtype=bf16"],
+        {"inference.window": 128},
     )
     assert config.max_bad_share == 0.1
     assert config.inference.batch_size == 3
@@ -52,7 +55,12 @@ def test_only_what_reaches_a_mask_is_in_the_digest():
     def digest(*assignments):
         return output_digest(load_config(SegmentConfig, None, assignments))
 
-    same = ["inference.batch_size=1", "resources.actors=3", "max_bad_share=1.0", "inference.threads=2"]
+    same = [
+        "inference.batch_size=1",
+        "resources.actors=3",
+        "max_bad_share=1.0",
+        "inference.threads=2",
+    ]
     assert {digest(a) for a in same} == {digest()}
     other = ["inference.dtype=bf16", "source.mask_values='0=1,255=0'", "inference.tta=true"]
     assert len({digest(), *(digest(a) for a in other)}) == 4
@@ -73,3 +81,12 @@ def test_planning_needs_neither_torch_nor_ray():
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_documented_defaults_are_the_defaults():
+    from pathlib import Path
+
+    import pipeline
+
+    path = Path(pipeline.__file__).parent / "defaults" / "segment.toml"
+    assert load_config(SegmentConfig, path) == SegmentConfig()

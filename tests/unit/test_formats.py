@@ -59,11 +59,11 @@ def make_tar(path, members, *, end=True, kind=tarfile.USTAR_FORMAT):
 
 
 def test_patterns_tell_case_slice_and_mask():
-    key_of = pattern_keys("{case}/{case}_{slice}.tif", "{case}/{case}_{slice}_mask.tif")
-    assert key_of("P_1/P_1_12.tif") == ("P_1", "12", False)
-    assert key_of("P_1/P_1_12_mask.tif") == ("P_1", "12", True)
-    assert key_of("P_1/P_2_12.tif") is None
-    assert pattern_keys("{case:path}/img*.png", "")("a/b/img7.png") == ("a/b", "0", False)
+    keys_of = pattern_keys("{case}/{case}_{slice}.tif", "{case}/{case}_{slice}_mask.tif")
+    assert keys_of("P_1/P_1_12.tif") == (("P_1", "12"), None)
+    assert keys_of("P_1/P_1_12_mask.tif")[1] == ("P_1", "12")
+    assert keys_of("P_1/P_2_12.tif") == (None, None)
+    assert pattern_keys("{case:path}/img*.png", "")("a/b/img7.png") == (("a/b", "0"), None)
     assert compile_pattern("{case}.x+y", "--images").fullmatch("a.x+y")
 
 
@@ -83,7 +83,9 @@ def test_slices_order_by_number():
 
 
 def test_folder_of_cases(phantoms):
-    source = open_here(phantoms, images="{case}/{case}_{slice}.png", masks="{case}/{case}_{slice}_mask.png")
+    source = open_here(
+        phantoms, images="{case}/{case}_{slice}.png", masks="{case}/{case}_{slice}_mask.png"
+    )
     cases = read_all(source)
     assert sorted(cases) == [f"phantom_{i:04d}" for i in range(8)]
     assert [s.name for s in cases["phantom_0003"].slices] == list("123456")
@@ -105,8 +107,19 @@ def test_a_new_case_moves_no_other(tmp_path):
 
 
 def test_hostile_names_survive_unchanged(tmp_path):
-    names = ["sp ace.png", "new\nline.png", "-rf.png", ".hidden.png", "a.b.c.png", "Case.png", "case.png",
-             "caf\u00e9.png", "cafe\u0301.png", "quote's \"x\" & $(touch pwned) ;.png", "x" * 250 + ".png"]
+    names = [
+        "sp ace.png",
+        "new\nline.png",
+        "-rf.png",
+        ".hidden.png",
+        "a.b.c.png",
+        "Case.png",
+        "case.png",
+        "caf\u00e9.png",
+        "cafe\u0301.png",
+        'quote\'s "x" & $(touch pwned) ;.png',
+        "x" * 250 + ".png",
+    ]
     for name in names:
         (tmp_path / name).write_bytes(PICTURE)
     (tmp_path / "sub").mkdir()
@@ -140,8 +153,17 @@ def test_missing_orphaned_changed_and_special_files_are_told(tmp_path):
         "pipe": ErrorClass.UNSAFE_PATH,
         "link": ErrorClass.UNREADABLE_FILE,
     }
-    relaxed = open_here(tmp_path, images="{case}.png", masks="{case}_mask.png", references="optional")
+    relaxed = open_here(
+        tmp_path, images="{case}.png", masks="{case}_mask.png", references="optional"
+    )
     assert problems(relaxed)["b/0"] is None
+
+
+def test_an_image_named_like_a_mask_is_known_by_its_own_mask(tmp_path):
+    for name in ("a.png", "a_mask.png", "b_mask.png", "b_mask_mask.png", "c_mask.png"):
+        (tmp_path / name).write_bytes(PICTURE)
+    found = problems(open_here(tmp_path, images="{case}.png", masks="{case}_mask.png"))
+    assert found == {"a/0": None, "b_mask/0": None, "c/0": ErrorClass.MISSING_IMAGE}
 
 
 def test_sources_that_cannot_be_are_refused(tmp_path):
@@ -159,15 +181,26 @@ def test_sources_that_cannot_be_are_refused(tmp_path):
 
 
 def test_names_like_dicom_uids_stay_apart(tmp_path):
-    make_tar(tmp_path / "a.tar", [("1.2.840.113619.1.png", PICTURE), ("1.2.840.113619.2.png", PICTURE)])
+    make_tar(
+        tmp_path / "a.tar", [("1.2.840.113619.1.png", PICTURE), ("1.2.840.113619.2.png", PICTURE)]
+    )
     assert sorted(read_all(open_here(tmp_path))) == ["1.2.840.113619.1", "1.2.840.113619.2"]
 
 
 def test_webdataset_roles_and_missing_masks(tmp_path):
-    names = ["d/s0.image.png", "d/s0.mask.png", "d/s1.png", "d/s1_mask.png", "d/s2.image.png", "d/s0.json"]
+    names = [
+        "d/s0.image.png",
+        "d/s0.mask.png",
+        "d/s1.png",
+        "d/s1_mask.png",
+        "d/s2.image.png",
+        "d/s0.json",
+    ]
     make_tar(tmp_path / "a.tar", [(name, PICTURE) for name in names])
     assert problems(open_here(tmp_path)) == {
-        "d/s0/0": None, "d/s1/0": None, "d/s2/0": ErrorClass.MISSING_MASK
+        "d/s0/0": None,
+        "d/s1/0": None,
+        "d/s2/0": ErrorClass.MISSING_MASK,
     }
     assert problems(open_here(tmp_path, references="ignore"))["d/s2/0"] is None
 
@@ -243,13 +276,21 @@ def test_archive_bombs_are_refused_by_their_headers(tmp_path):
         file.write(bytes(1024))
     assert problems(open_here(tmp_path)) == {"big/0": ErrorClass.ARCHIVE_TOO_LARGE}
     limits = LimitsConfig(max_archive_bytes=10 << 20, max_member_bytes=400 << 20)
-    assert problems(open_here(tmp_path, limits))["bomb.tar.gz/(shard)"] == ErrorClass.ARCHIVE_TOO_LARGE
+    assert (
+        problems(open_here(tmp_path, limits))["bomb.tar.gz/(shard)"] == ErrorClass.ARCHIVE_TOO_LARGE
+    )
 
 
 def test_rubbish_named_tar_is_one_bad_row(tmp_path):
-    for name, data in (("a.tar", b"rubbish" * 500), ("b.tar", b""), ("c.tar.gz", b"\x1f\x8b" + b"x" * 99)):
+    for name, data in (
+        ("a.tar", b"rubbish" * 500),
+        ("b.tar", b""),
+        ("c.tar.gz", b"\x1f\x8b" + b"x" * 99),
+    ):
         (tmp_path / name).write_bytes(data)
-    assert set(problems(open_here(tmp_path))) == {f"{n}/(shard)" for n in ("a.tar", "b.tar", "c.tar.gz")}
+    assert set(problems(open_here(tmp_path))) == {
+        f"{n}/(shard)" for n in ("a.tar", "b.tar", "c.tar.gz")
+    }
 
 
 # Parquet
@@ -325,7 +366,9 @@ def test_sharding_is_deterministic_and_resumable(phantom_source, tmp_path, kind)
     again = write_shards(phantom_source, str(tmp_path / "1"), kind, shard_bytes=40_000)
     assert again.num_written == 0
     (tmp_path / "1" / names[-1]).unlink()
-    assert write_shards(phantom_source, str(tmp_path / "1"), kind, shard_bytes=40_000).num_written == 1
+    assert (
+        write_shards(phantom_source, str(tmp_path / "1"), kind, shard_bytes=40_000).num_written == 1
+    )
     with pytest.raises(ConfigError, match="another source"):
         write_shards(phantom_source, str(tmp_path / "1"), kind, shard_bytes=90_000)
 

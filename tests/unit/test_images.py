@@ -52,7 +52,9 @@ def test_16_bit_and_float_keep_their_values():
 def test_alpha_is_dropped_and_palettes_are_colours_in_images_and_indices_in_masks():
     rgba = np.dstack([RGB, RNG.integers(0, 256, (20, 30), np.uint8)])
     assert np.array_equal(decode_image(encode(rgba, "PNG"), LIMIT)[0], RGB)
-    assert np.array_equal(decode_image(encode(rgba, "WEBP", lossless=True, exact=True), LIMIT)[0], RGB)
+    assert np.array_equal(
+        decode_image(encode(rgba, "WEBP", lossless=True, exact=True), LIMIT)[0], RGB
+    )
     indices = RNG.integers(0, 3, (20, 30), np.uint8)
     image = Image.fromarray(indices, "L").convert("P")
     image = Image.frombytes("P", (30, 20), indices.tobytes())
@@ -110,7 +112,9 @@ def test_bombs_are_refused_by_their_header():
     import zlib
 
     chunk = b"IHDR" + header
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
     idat = b"IDAT" + zlib.compress(bytes(100))
     data += struct.pack(">I", len(idat) - 4) + idat + struct.pack(">I", zlib.crc32(idat))
     assert error_of(data) == ErrorClass.IMAGE_TOO_LARGE
@@ -151,4 +155,6 @@ def test_reference_values_follow_the_stated_rule():
 def test_colour_masks_are_not_categorical():
     assert error_of(encode(RGB, "PNG"), decode_mask) == ErrorClass.MASK_NOT_CATEGORICAL
     grey_in_colour = np.repeat((GREY > 9)[:, :, None].astype(np.uint8), 3, axis=2)
-    assert np.array_equal(decode_mask(encode(grey_in_colour, "PNG"), LIMIT)[0], grey_in_colour[:, :, 0])
+    assert np.array_equal(
+        decode_mask(encode(grey_in_colour, "PNG"), LIMIT)[0], grey_in_colour[:, :, 0]
+    )

@@ -156,7 +156,9 @@ def test_the_2015_network_predicts_any_size(tmp_path):
     }
     bundle = make_bundle(tmp_path / "b", options, recipe=recipe)
     for size in ((1, 1), (20, 33), (64, 64)):
-        (result,) = Predictor(bundle, InferenceConfig(), "cpu").predict([np.ones((1, *size, 1), np.uint8)])
+        (result,) = Predictor(bundle, InferenceConfig(), "cpu").predict(
+            [np.ones((1, *size, 1), np.uint8)]
+        )
         assert result.labels_ZHW.shape == (1, *size)
 
 
@@ -165,7 +167,9 @@ def test_logits_return_to_the_native_grid_before_the_decision(tmp_path):
         "preprocess": [{"step": "drop_end_slices"}, {"step": "scale_by", "factor": 0.5}],
         "postprocess": [{"step": "to_native_grid"}, {"step": "softmax"}, {"step": "argmax"}],
     }
-    bundle = make_bundle(tmp_path / "b", UNetOptions(in_channels=1, out_channels=2, width=2), recipe)
+    bundle = make_bundle(
+        tmp_path / "b", UNetOptions(in_channels=1, out_channels=2, width=2), recipe
+    )
     (result,) = Predictor(bundle, InferenceConfig(), "cpu").predict([VOLUMES[0]])
     assert result.labels_ZHW.shape == VOLUMES[0].shape[:3]
     assert result.trace == ()
@@ -174,7 +178,9 @@ def test_logits_return_to_the_native_grid_before_the_decision(tmp_path):
 
 def test_a_case_that_does_not_fit_costs_only_itself(demo):
     wrong = np.zeros((2, 16, 16, 2), np.uint8)
-    first, second, third = Predictor(demo, InferenceConfig(), "cpu").predict([VOLUMES[0], wrong, VOLUMES[1]])
+    first, second, third = Predictor(demo, InferenceConfig(), "cpu").predict(
+        [VOLUMES[0], wrong, VOLUMES[1]]
+    )
     assert isinstance(second, BadImage)
     assert second.error_class == ErrorClass.CHANNEL_MISMATCH
     assert np.array_equal(first.labels_ZHW, labels_of(demo, [VOLUMES[0]])[0])

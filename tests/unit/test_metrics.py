@@ -34,7 +34,8 @@ def brute_force(mask, reference, spacing):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
-    ("shape", "spacing"), [((40, 31), (1.0, 1.0)), ((40, 31), (0.4, 2.5)), ((9, 20, 17), (3.0, 1.0, 0.7))]
+    ("shape", "spacing"),
+    [((40, 31), (1.0, 1.0)), ((40, 31), (0.4, 2.5)), ((9, 20, 17), (3.0, 1.0, 0.7))],
 )
 def test_surface_distances_equal_brute_force(shape, spacing, seed):
     mask, reference = blob(shape, 0.15, seed), blob(shape, 0.1, seed + 100)
@@ -91,8 +92,15 @@ def test_without_a_reference_only_shape_is_measured():
 def test_contract_of_every_metric(name):
     metric = METRICS[name]
     for table in metric.tables:
-        shape, spacing = ((12, 13), (1.0, 1.0)) if table == "image" else ((4, 12, 13), (1.0, 1.0, 1.0))
-        masks = [blob(shape, 0.1, 1), blob(shape, 0.1, 2), np.zeros(shape, bool), np.ones(shape, bool)]
+        shape, spacing = (
+            ((12, 13), (1.0, 1.0)) if table == "image" else ((4, 12, 13), (1.0, 1.0, 1.0))
+        )
+        masks = [
+            blob(shape, 0.1, 1),
+            blob(shape, 0.1, 2),
+            np.zeros(shape, bool),
+            np.ones(shape, bool),
+        ]
         for mask in masks:
             for reference in (*masks, None):
                 before = copy.deepcopy((mask, reference))

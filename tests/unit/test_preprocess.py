@@ -34,7 +34,9 @@ def volume(shape=(9, 70, 58, 3), seed=0):
     """Something with empty borders on all sides, as a scan has."""
     rng = np.random.default_rng(seed)
     values = np.zeros(shape, np.uint8)
-    values[1:-1, 6:-9, 11:-3] = rng.integers(0, 256, (shape[0] - 2, shape[1] - 15, shape[2] - 14, shape[3]))
+    values[1:-1, 6:-9, 11:-3] = rng.integers(
+        0, 256, (shape[0] - 2, shape[1] - 15, shape[2] - 14, shape[3])
+    )
     return values
 
 
@@ -42,7 +44,9 @@ def published_recipe(volume_ZHWC, side):
     """The brain-segmentation recipe, written down from its description, slow and plain."""
     v = volume_ZHWC[1:-1].copy()
     v[v < 0.1 * v.max()] = 0
-    z, y, x = (np.flatnonzero(v.max(axis=tuple(a for a in range(4) if a != axis))) for axis in range(3))
+    z, y, x = (
+        np.flatnonzero(v.max(axis=tuple(a for a in range(4) if a != axis))) for axis in range(3)
+    )
     v = v[z[0] : z[-1] + 1, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
     short = max(v.shape[1:3]) - np.array(v.shape[1:3])
     v = np.pad(v, [(0, 0)] + [(d // 2, d - d // 2) for d in short] + [(0, 0)])
@@ -57,7 +61,10 @@ def published_recipe(volume_ZHWC, side):
 
 def buda_steps(side):
     plain = READY_RECIPES["buda-lgg"]
-    steps = [s | {"height": side, "width": side} if s["step"] == "resize" else s for s in plain["preprocess"]]
+    steps = [
+        s | {"height": side, "width": side} if s["step"] == "resize" else s
+        for s in plain["preprocess"]
+    ]
     return recipe_from_plain({**plain, "preprocess": steps}).preprocess
 
 
@@ -73,7 +80,7 @@ def test_buda_recipe_on_real_patients(shared):
     from PIL import Image
 
     for patient in sorted(shared("data", "lgg").iterdir())[:2]:
-        names = [p for p in patient.glob("*.webp")]
+        names = list(patient.glob("*.webp"))
         names.sort(key=lambda p: int(p.stem.rpartition("_")[2]))
         source = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in names[:8]])
         ready, _ = apply_preprocess(source, buda_steps(256), Context(full_scale=255.0))
@@ -134,7 +141,11 @@ def test_masks_always_return_to_the_native_grid(steps, z, seed):
 
 def test_a_single_picture_and_an_empty_one_pass_the_volume_recipe():
     steps = buda_steps(64)
-    for source in (volume()[4:5], np.zeros((1, 30, 40, 3), np.uint8), np.full((5, 30, 40, 3), 9, np.uint8)):
+    for source in (
+        volume()[4:5],
+        np.zeros((1, 30, 40, 3), np.uint8),
+        np.full((5, 30, 40, 3), 9, np.uint8),
+    ):
         ready, trace = apply_preprocess(source, steps, Context(full_scale=255.0))
         assert np.isfinite(ready).all()
         assert to_native(np.zeros(ready.shape[:3], np.uint8), trace).shape == source.shape[:3]
@@ -160,7 +171,9 @@ def test_numpy_and_torch_give_the_same_values():
     for name in READY_RECIPES:
         steps = recipe_from_plain(READY_RECIPES[name]).preprocess
         one, trace = apply_preprocess(source, steps, Context(full_scale=255.0))
-        other, trace_too = apply_preprocess(torch.from_numpy(source), steps, Context(full_scale=255.0))
+        other, trace_too = apply_preprocess(
+            torch.from_numpy(source), steps, Context(full_scale=255.0)
+        )
         assert trace == trace_too
         assert np.allclose(one, other.numpy(), rtol=1e-12, atol=1e-12)
 
@@ -173,7 +186,10 @@ def test_numpy_and_torch_give_the_same_values():
         ({"postprocess": [{"step": "sigmoid"}]}, "threshold or argmax"),
         ({"postprocess": [{"step": "sigmoid"}, {"step": "argmax"}]}, "argmax needs softmax"),
         ({"postprocess": [{"step": "threshold"}, {"step": "sigmoid"}]}, "the order is"),
-        ({"postprocess": [{"step": "sigmoid"}, {"step": "threshold", "att": 1.0}]}, "unknown key 'att'"),
+        (
+            {"postprocess": [{"step": "sigmoid"}, {"step": "threshold", "att": 1.0}]},
+            "unknown key 'att'",
+        ),
         ({"extra": []}, "unknown part"),
     ],
 )

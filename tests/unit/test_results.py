@@ -67,7 +67,12 @@ def test_a_changed_image_recomputes_its_case_and_copies_its_neighbours(night, re
     second = night.run()
     assert (second.night, second.computed_images) == (1, 6)
     assert second.counts["cases"] == {
-        "new": 0, "changed": 1, "stale": 0, "removed": 0, "unchanged": 7, "bad": 0
+        "new": 0,
+        "changed": 1,
+        "stale": 0,
+        "removed": 0,
+        "unchanged": 7,
+        "bad": 0,
     }
     after = {row["image_id"]: row for row in read_rows(night.out, "masks")}
     assert set(before) == set(after)
@@ -234,7 +239,10 @@ def test_receipts_of_an_interrupted_run_are_used(night, monkeypatch):
     second = night.run()
     assert second.published
     assert second.counts["cases"]["changed"] == 5
-    runs = {row["run_id"] for row in results.read_table(results.open_night(night.out), "masks").to_pylist()}
+    runs = {
+        row["run_id"]
+        for row in results.read_table(results.open_night(night.out), "masks").to_pylist()
+    }
     assert len(runs) == 3
 
 
@@ -242,7 +250,9 @@ def test_another_bundle_under_the_same_run_is_refused(night, tmp_path, monkeypat
     night.change()
     from pipeline.flows import segment
 
-    monkeypatch.setattr(segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         night.run(run_id="r")
     monkeypatch.undo()
@@ -311,7 +321,10 @@ def test_parts_have_checksums_and_statistics(night):
     assert sum(s.num_images for s in opened.shards.values()) == 48
     assert sum(s.num_cases for s in opened.shards.values()) == 8
     assert delta.metadata().partition_columns == []
-    assert pq.ParquetFile(opened.paths("masks")[0]).metadata.row_group(0).column(16).compression == "ZSTD"
+    assert (
+        pq.ParquetFile(opened.paths("masks")[0]).metadata.row_group(0).column(16).compression
+        == "ZSTD"
+    )
 
 
 def test_too_many_bad_images_are_not_published_and_can_be_allowed(night, config):
@@ -351,7 +364,9 @@ def test_old_nights_stay_readable_and_unknown_ones_are_refused(night, read_diges
     assert numbers == [1, 0]
 
 
-def test_limit_takes_some_cases_and_the_rest_later(own_phantoms, tmp_path, demo_bundle, config, segment_here):
+def test_limit_takes_some_cases_and_the_rest_later(
+    own_phantoms, tmp_path, demo_bundle, config, segment_here
+):
     out = str(tmp_path / "r")
     first = segment_here(str(own_phantoms), out, demo_bundle, config(), limit=3)
     assert first.counts["cases"]["new"] == 3

@@ -47,7 +47,9 @@ def test_pixels_come_through_unchanged_and_pages_in_order():
         pages = [Image.fromarray(png(seed)[1]) for seed in range(3)]
         pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
         found = sandbox.decode(buffer.getvalue(), "image")
-        assert [np.array_equal(f[:, :, 0], np.asarray(p)) for f, p in zip(found, pages, strict=True)] == [True] * 3
+        assert [
+            np.array_equal(f[:, :, 0], np.asarray(p)) for f, p in zip(found, pages, strict=True)
+        ] == [True] * 3
 
 
 def test_a_crash_a_hang_and_a_swelling_cost_one_image_each():

@@ -18,9 +18,13 @@ from pipeline.models.unet import (
 
 BUDA = UNetOptions(width=32)
 MILESIAL = UNetOptions(width=64, out_channels=2, concat="skip_first")
-BILINEAR = UNetOptions(width=64, out_channels=2, concat="skip_first", up="bilinear", hidden="half_input")
+BILINEAR = UNetOptions(
+    width=64, out_channels=2, concat="skip_first", up="bilinear", hidden="half_input"
+)
 ARTICLE = UNetOptions(width=64, depth=5, up="nearest", bias=True)
-RONNEBERGER = UNetOptions(in_channels=1, out_channels=2, width=64, norm=False, bias=True, valid=True)
+RONNEBERGER = UNetOptions(
+    in_channels=1, out_channels=2, width=64, norm=False, bias=True, valid=True
+)
 
 
 def with_(options, **changes):
@@ -63,7 +67,9 @@ def test_state_dicts_are_the_published_ones(shared, name, layout, options):
         state = to_published(UNet(options).state_dict(), layout, options.depth)
     assert {k: list(v.shape) for k, v in state.items()} == golden
     assert published_options(state, layout) == options
-    assert set(from_published(state, layout, options.depth)) == set(UNet(with_(options, width=2)).state_dict())
+    assert set(from_published(state, layout, options.depth)) == set(
+        UNet(with_(options, width=2)).state_dict()
+    )
 
 
 def plain_article(state, images):
@@ -71,10 +77,16 @@ def plain_article(state, images):
 
     def block(name, x):
         for conv, norm in ((0, 1), (3, 4)):
-            x = functional.conv2d(x, state[f"{name}.{conv}.weight"], state[f"{name}.{conv}.bias"], padding=1)
+            x = functional.conv2d(
+                x, state[f"{name}.{conv}.weight"], state[f"{name}.{conv}.bias"], padding=1
+            )
             n = f"{name}.{norm}."
             x = functional.batch_norm(
-                x, state[n + "running_mean"], state[n + "running_var"], state[n + "weight"], state[n + "bias"]
+                x,
+                state[n + "running_mean"],
+                state[n + "running_var"],
+                state[n + "weight"],
+                state[n + "bias"],
             )
             x = functional.relu(x)
         return x
@@ -109,7 +121,9 @@ def test_article_network_computes_what_the_article_says():
     images = torch.rand(2, 3, 64, 96)
     with torch.inference_mode():
         expected = plain_article(to_published(model.state_dict(), "article", 5), images)
-        assert torch.allclose(model(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert torch.allclose(
+            model(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def test_buda_weights_in_the_milesial_layout_need_the_swap():
@@ -150,7 +164,9 @@ def test_contract_of_every_architecture(name):
     logits = model(torch.rand(2, inputs, 48, 32))
     assert logits.shape == (2, outputs, 48, 32)
     logits.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1
+    )
     copy = entry.build(options)
     copy.load_state_dict(model.state_dict())
     images = torch.rand(1, inputs, 32, 32)
