@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config import SourceConfig
+from pipeline.config import SourceConfig, parse_mask_values
 from pipeline.errors import REFERENCE_ERRORS, BadImage, ErrorClass
 from pipeline.formats.source import is_usable
-from pipeline.images import parse_mask_values, reference_labels
+from pipeline.images import reference_labels
 from pipeline.metrics import compute_metrics
 from pipeline.records import (
     STATUS_BAD,

@@ -20,6 +20,11 @@ from pipeline.errors import ConfigError
 T = TypeVar("T")
 
 
+def parse_mask_values(text: str) -> dict[int, int]:
+    """`"0=0,255=1"` as {0: 0, 255: 1}; raises ValueError."""
+    return {int(k): int(v) for k, _, v in (item.partition("=") for item in text.split(",") if item)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """How files become cases. Part of what decides the output."""
@@ -35,6 +40,18 @@ class SourceConfig:
     """What the grey values of a reference mean, as `0=0,255=1`; empty: by the stated rule."""
     spacing_mm: tuple[float, ...] = ()
     """(z, y, x) or (y, x) of every case that does not carry its own; empty: unknown."""
+
+    def __post_init__(self) -> None:
+        try:
+            parse_mask_values(self.mask_values)
+        except ValueError:
+            raise ConfigError(
+                f"source.mask_values {self.mask_values!r} is not of the form 0=0,255=1"
+            ) from None
+        if len(self.spacing_mm) not in (0, 2, 3) or any(not 0 < s < 1e6 for s in self.spacing_mm):
+            raise ConfigError(
+                f"source.spacing_mm is (z, y, x) or (y, x) in mm, not {list(self.spacing_mm)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -238,11 +238,6 @@ def _tiff_ends_early(data: bytes) -> bool:
     )
 
 
-def parse_mask_values(text: str) -> dict[int, int]:
-    """`"0=0,255=1"` as {0: 0, 255: 1}; raises ValueError."""
-    return {int(k): int(v) for k, _, v in (item.partition("=") for item in text.split(",") if item)}
-
-
 def reference_labels(
     values_HW: npt.NDArray[Any], num_labels: int, mapping: Mapping[int, int]
 ) -> npt.NDArray[np.uint8]:

@@ -227,6 +227,7 @@ class _Planner:
         if old is not None and self._is_unchanged(shard, old) and not self._retry_needed(old):
             self.counts.add("unchanged", old.num_images, cases=old.num_cases)
             self.counts.bad["images"] += old.num_bad
+            self.counts.bad["cases"] += old.num_bad_cases
             return None
         if self.remaining is not None and self.remaining <= 0:
             return None

@@ -235,6 +235,7 @@ class Receipt:
     work_key: str
     num_cases: int
     num_images: int
+    num_bad_cases: int
     num_bad: int
     num_computed: int
     masks: PartFile | None
@@ -276,7 +277,7 @@ SHARD_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 MASKS_SCHEMA = row_columns(
     [
         *SHARD_COLUMNS,
-        ("case_index", pa.int32()),
+        ("case_index", pa.int32()),  # good cases count up from 0, bad ones down from -1
         ("image_id", _STR),
         ("case_id", _STR),
         ("slice_name", _STR),

@@ -141,6 +141,7 @@ class PublishedShard:
     config_digest: str
     num_cases: int
     num_images: int
+    num_bad_cases: int
     num_bad: int
     parts: OldParts
 
@@ -196,7 +197,8 @@ def open_night(results: str, number: int | None = None) -> Night | None:
             version=row["min.shard_version"],
             bundle_digest=row["min.bundle_digest"],
             config_digest=row["min.config_digest"],
-            num_cases=row["max.case_index"] + 1,
+            num_cases=row["max.case_index"] + 1 - min(0, row["min.case_index"]),
+            num_bad_cases=-min(0, row["min.case_index"]),
             num_images=row["num_records"],
             num_bad=row["num_records"] - row["null_count.error_class"],
             parts=OldParts(

@@ -346,7 +346,10 @@ def _publish(
     """Verify, judge the share of bad images, commit."""
     ordered = [receipts[work.shard_id] for work in plan.works]
     results.verify_receipts(results_uri, plan, receipts)
-    total, bad = night_totals(plan, ordered)
+    totals = night_totals(results_uri, plan, ordered)
+    total, bad = totals.num_images, totals.num_bad
+    counts = {key: dict(value) for key, value in plan.counts.items()}
+    counts["images"]["bad"], counts["cases"]["bad"] = totals.num_bad, totals.num_bad_cases
     if total and bad / total > config.max_bad_share:
         raise TooManyBadImages(
             f"{bad} of {total} images are bad ({bad / total:.1%}, allowed are "
@@ -359,35 +362,43 @@ def _publish(
         "config": dict(plan.config),
         "config_digest": plan.config_digest,
         "source": dict(plan.source),
-        "counts": _final_counts(plan, ordered),
+        "counts": counts,
         "code": dict(plan.code),
         "bad_by_class": bad_by_class(results_uri, ordered),
     }
     night = results.publish(results_uri, plan, receipts, record)
-    for finished in results.open_runs(results_uri):
+    for finished in results.open_runs(results_uri):  # others were planned on an older night
         results.close_run(results_uri, finished)
     log_event(_log, "published", run=plan.run_id, night=night, images=total, bad=bad)
-    return _summary(
-        plan, ordered, night, started, resumed=resumed, published=True, results_uri=results_uri
+    return _summary(plan, ordered, night, started, resumed=resumed, published=True, record=record)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What a night holds in all, the shards that the run does not touch included."""
+
+    num_images: int
+    num_bad_cases: int
+    num_bad: int
+
+
+def night_totals(results_uri: str, plan: RunPlan, receipts: Sequence[Receipt]) -> Totals:
+    """The night that publishing a run would make."""
+    touched = {work.shard_id for work in plan.works}
+    removed = {parts.masks for parts in plan.removed}
+    base = None if plan.base_night is None else results.open_night(results_uri, plan.base_night)
+    counted: list[Receipt | results.PublishedShard] = list(receipts)
+    if base is not None:
+        counted += [
+            shard
+            for shard in base.shards.values()
+            if shard.shard_id not in touched and shard.parts.masks not in removed
+        ]
+    return Totals(
+        num_images=sum(item.num_images for item in counted),
+        num_bad_cases=sum(item.num_bad_cases for item in counted),
+        num_bad=sum(item.num_bad for item in counted),
     )
-
-
-def night_totals(plan: RunPlan, receipts: Sequence[Receipt]) -> tuple[int, int]:
-    """Images and bad images of the night that the run makes, unchanged shards included."""
-    copied = sum(receipt.num_images - receipt.num_computed for receipt in receipts)
-    untouched = plan.counts["images"]["unchanged"] - copied
-    bad_untouched = plan.counts["images"]["bad"] - sum(
-        receipt.num_bad for receipt in receipts if receipt.num_computed == 0
-    )
-    total = untouched + sum(receipt.num_images for receipt in receipts)
-    return total, max(0, bad_untouched) + sum(receipt.num_bad for receipt in receipts)
-
-
-def _final_counts(plan: RunPlan, receipts: Sequence[Receipt]) -> dict[str, Any]:
-    _, bad = night_totals(plan, receipts)
-    counts = {key: dict(value) for key, value in plan.counts.items()}
-    counts["images"]["bad"] = bad
-    return counts
 
 
 def bad_by_class(results_uri: str, receipts: Sequence[Receipt]) -> dict[str, int]:
@@ -415,8 +426,9 @@ def _summary(
     *,
     resumed: bool,
     published: bool,
-    results_uri: str = "",
+    record: Mapping[str, Any] | None = None,
 ) -> Summary:
+    """record: what the commit recorded, where the run made one."""
     stages: dict[str, float] = {}
     for receipt in receipts:
         for name, value in receipt.seconds.items():
@@ -426,9 +438,9 @@ def _summary(
         night=night,
         published=published,
         resumed=resumed,
-        counts=_final_counts(plan, receipts) if receipts else plan.counts,
+        counts=record["counts"] if record else plan.counts,
         computed_images=sum(receipt.num_computed for receipt in receipts),
-        bad_by_class=bad_by_class(results_uri, receipts) if results_uri else {},
+        bad_by_class=record["bad_by_class"] if record else {},
         seconds=round(time.monotonic() - started, 3),
         stage_seconds=stages,
         notes=tuple(dict.fromkeys(note for receipt in receipts for note in receipt.notes)),
@@ -610,18 +622,23 @@ def write_shard(
     }
     mine = {**shard, "run_id": job.run_id}
     versions = {case.case_id: case.version for case in work.compute} | dict(work.copy)
-    case_index = {case_id: index for index, case_id in enumerate(sorted(versions))}
-    tables = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for table in results.TABLES:
         rows = [{**mine, **row} for case in computed for row in getattr(case, table)]
         rows += [{**row, **shard} for row in _copied_rows(work, table, job.results)]
-        for row in rows:
-            if table == "masks":
-                row["case_index"] = case_index[row["case_id"]]
-                row["case_version"] = versions[row["case_id"]]
-                row.setdefault("numerics", told["numerics"])
         rows.sort(key=lambda row: (row["case_id"], row.get("slice_index", 0), row.get("label", 0)))
-        tables[table] = pa.Table.from_pylist(rows, schema=results.table_schema(table))
+        rows_of[table] = rows
+    bad_cases = sorted({r["case_id"] for r in rows_of["masks"] if r["status"] != STATUS_OK})
+    case_index = {case_id: -index for index, case_id in enumerate(bad_cases, start=1)}
+    case_index |= {c: i for i, c in enumerate(sorted(versions.keys() - case_index.keys()))}
+    for row in rows_of["masks"]:
+        row["case_index"] = case_index[row["case_id"]]
+        row["case_version"] = versions[row["case_id"]]
+        row.setdefault("numerics", told["numerics"])
+    tables = {
+        table: pa.Table.from_pylist(rows, schema=results.table_schema(table))
+        for table, rows in rows_of.items()
+    }
     parts = {
         table: results.write_part(job.results, table, rows, work.shard_id)
         for table, rows in tables.items()
@@ -632,6 +649,7 @@ def write_shard(
         work_key=work.key(job.bundle_digest, job.config_digest),
         num_cases=len(case_index),
         num_images=masks.num_rows,
+        num_bad_cases=len(bad_cases),
         num_bad=sum(status != STATUS_OK for status in masks.column("status").to_pylist()),
         num_computed=sum(len(case.masks) for case in computed),
         masks=parts["masks"],

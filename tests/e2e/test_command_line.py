@@ -171,7 +171,7 @@ def test_a_night_from_the_command_line(reseg, own_phantoms, demo_bundle, tmp_pat
     assert "demo-phantom" in call(reseg, "history", out).stdout
 
 
-def _wait_for(condition, timeout=90):
+def _wait_for(condition, timeout=200):
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout
@@ -199,7 +199,7 @@ def test_a_stopped_run_is_resumed_and_loses_nothing(
     )
     _wait_for(lambda: len(list(out.glob("_runs/*/receipts/*.json"))) >= 2)
     process.send_signal(how)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=120)
     if how != signal.SIGKILL:
         assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how]
         assert told.strip() == b"interrupted; the same command takes up where it stopped"

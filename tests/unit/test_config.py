@@ -35,6 +35,8 @@ def test_precedence_is_file_then_set_then_options(tmp_path):
         ("nonsense", "not of the form"),
         ("source.spacing_mm=[1.0, 'a']", r"spacing_mm\[1\] = 'a'"),
         ("limits.max_pixels=-1", "above 0"),
+        ("source.mask_values='255:1'", "not of the form 0=0,255=1"),
+        ("source.spacing_mm=[1.0]", "in mm, not"),
     ],
 )
 def test_wrong_values_are_named(assignment, words):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.config import parse_mask_values
 from pipeline.errors import BadImage, ErrorClass
-from pipeline.images import decode_image, decode_mask, parse_mask_values, reference_labels
+from pipeline.images import decode_image, decode_mask, reference_labels
 
 LIMIT = 1 << 26
 RNG = np.random.default_rng(3)

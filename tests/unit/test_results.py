@@ -335,9 +335,18 @@ def test_too_many_bad_images_are_not_published_and_can_be_allowed(night, config)
     assert results.latest_night_number(night.out) == 0
     allowed = night.run(config=config(max_bad_share=0.5))
     assert (allowed.night, allowed.resumed) == (1, True)
-    assert allowed.counts["images"]["bad"] == 6
+    assert allowed.counts["images"]["bad"] == allowed.counts["cases"]["bad"] == 6
     assert allowed.bad_by_class == {"NotAnImage": 6}
-    assert night.run(config=config(max_bad_share=0.5)).counts["images"]["bad"] == 6
+    again = night.run(config=config(max_bad_share=0.5))
+    assert again.counts["images"]["bad"] == again.counts["cases"]["bad"] == 6
+    assert again.counts["cases"]["unchanged"] == 8
+    shutil.copy(
+        night.source / "phantom_0007" / "phantom_0007_1.png",
+        night.source / "phantom_0000" / "phantom_0000_1.png",
+    )
+    healed = night.run(config=config(max_bad_share=0.5))
+    assert healed.counts["images"]["bad"] == healed.counts["cases"]["bad"] == 5
+    assert healed.computed_images == 6
 
 
 def test_results_keep_to_their_source(night, tmp_path, config, segment_here):

