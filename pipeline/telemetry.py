@@ -5,11 +5,12 @@ patient, or the text of a decoder's exception.
 """
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
+
+from pipeline import storage
 
 
 class Progress:
@@ -52,9 +53,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def log_event(logger: logging.Logger, event: str, **fields: Any) -> None:
-    """Write one structured record; fields are counts, seconds, run and shard ids."""
-    logger.info(json.dumps({"event": event, "time": time.time(), **fields}, sort_keys=True))
+class RunLog:
+    """The structured log of one run: JSON lines, kept in its staging folder.
+
+    Fields are counts, seconds, run and shard ids. Written whole at the end of the run, however it
+    ends, since object storage cannot append; a shard is one line.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._lines: list[str] = []
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Add one record."""
+        self._lines.append(
+            json.dumps({"event": event, "time": round(time.time(), 3), **fields}, sort_keys=True)
+        )
+
+    def save(self) -> None:
+        """Write what was told, after what an earlier attempt told."""
+        try:
+            before = storage.read(self._uri)
+        except FileNotFoundError:
+            before = b""
+        storage.write(self._uri, before + "".join(f"{line}\n" for line in self._lines).encode())
+        self._lines.clear()
 
 
 def format_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ shard and return a receipt. Only receipts reach the driver, which alone commits.
 """
 
 import json
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,9 +54,7 @@ from pipeline.records import (
 )
 from pipeline.results import RunPlan
 from pipeline.sandbox import Sandbox
-from pipeline.telemetry import log_event
-
-_log = logging.getLogger("reseg.segment")
+from pipeline.telemetry import RunLog
 
 STAGES = ("read", "predict", "finish")
 _MAX_BYTES_IN_ROW = 512 << 20
@@ -138,8 +135,16 @@ def run_segment(
         for abandoned in results.open_runs(results_uri):
             if abandoned != plan.run_id:
                 results.adopt_receipts(results_uri, plan, abandoned)
-    receipts = _compute(plan, results_uri, bundle, config, address, report)
-    return _publish(plan, results_uri, receipts, config, started, resumed=resumed)
+    log = RunLog(results.run_uri(results_uri, plan.run_id, "log.jsonl"))
+    log("start", run=plan.run_id, resumed=resumed, shards=len(plan.works), counts=plan.counts)
+    try:
+        receipts = _compute(plan, results_uri, bundle, config, address, report, log)
+        return _publish(plan, results_uri, receipts, config, started, log, resumed=resumed)
+    except BaseException as error:
+        log("stopped", run=plan.run_id, reason=type(error).__name__)
+        raise
+    finally:
+        log.save()
 
 
 def _silent(done: int, total: int, what: str, note: str) -> None:
@@ -206,6 +211,7 @@ def _compute(
     config: SegmentConfig,
     address: str | None,
     report: Report,
+    log: RunLog,
 ) -> dict[str, Receipt]:
     """Get a receipt for every planned shard, computing those that have none yet."""
     receipts = results.load_receipts(results_uri, plan)
@@ -231,13 +237,20 @@ def _compute(
     started, images = time.monotonic(), 0
     with connect(address, config.resources, config.inference.threads):
         pool = plan_pool(config.resources, config.inference.threads, len(todo))
-        log_event(_log, "run", run=plan.run_id, shards=len(todo), actors=pool.num_actors)
+        log("compute", run=plan.run_id, shards=len(todo), **asdict(pool))
         for receipt in _stream_receipts(todo, job, pool):
             receipts[receipt.shard_id] = receipt
             images += receipt.num_computed
             rate = images / max(time.monotonic() - started, 1e-9)
             report(len(receipts), len(plan.works), "shards", f"{rate:,.1f} images/s")
-            log_event(_log, "shard", run=plan.run_id, shard=receipt.shard_id, **receipt.seconds)
+            log(
+                "shard",
+                run=plan.run_id,
+                shard=receipt.shard_id,
+                images=receipt.num_images,
+                bad=receipt.num_bad,
+                **receipt.seconds,
+            )
     return receipts
 
 
@@ -340,6 +353,7 @@ def _publish(
     receipts: dict[str, Receipt],
     config: SegmentConfig,
     started: float,
+    log: RunLog,
     *,
     resumed: bool,
 ) -> Summary:
@@ -369,7 +383,7 @@ def _publish(
     night = results.publish(results_uri, plan, receipts, record)
     for finished in results.open_runs(results_uri):  # others were planned on an older night
         results.close_run(results_uri, finished)
-    log_event(_log, "published", run=plan.run_id, night=night, images=total, bad=bad)
+    log("published", run=plan.run_id, night=night, images=total, bad=bad)
     return _summary(plan, ordered, night, started, resumed=resumed, published=True, record=record)
 
 
