@@ -33,10 +33,10 @@ def command(out: str, cases: int, as_json: bool) -> None:
     click.echo(format_table(demo.rows, ["case_id", "volume_ml", "components_3d", "dice", "hd95"]))
     click.echo(f"mean Dice {demo.mean_dice:.4f} over {len(demo.rows)} cases\n")
     click.echo(f"A picture: {demo.picture}\n")
-    click.echo("Read the results with pandas or DuckDB:\n")
-    click.echo("  from deltalake import DeltaTable")
+    click.echo("Read the results with pandas and DuckDB:\n")
+    click.echo("  import duckdb; from deltalake import DeltaTable")
     click.echo(f"  cases = DeltaTable('{demo.results}/cases').to_pandas()")
-    click.echo(f"  duckdb -c \"select * from delta_scan('{demo.results}/cases')\"\n")
+    click.echo('  duckdb.sql("select case_id, volume_ml, dice from cases order by dice")\n')
     click.echo(f"Next: reseg history {demo.results}; reseg show {demo.results} IMAGE_ID -o out.png")
 
 

@@ -19,10 +19,9 @@ from pipeline.formats.source import (
     Format,
     Listing,
     Source,
-    archive_problem,
     broken_shard,
+    read_archive,
     read_case,
-    split_unusable,
 )
 from pipeline.formats.tar import list_archives
 from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, SliceRef, sha256_hex
@@ -188,14 +187,10 @@ def _masks_present(file: pq.ParquetFile, layout: str) -> list[list[bool]]:
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
     """Read the rows of the cases, a row group at a time, each row once."""
-    readable, rest = split_unusable(source, cases)
-    yield from rest
-    if not readable:
-        return
-    problem = archive_problem(source, path, readable)
-    if problem is not None:
-        yield from (read_case(source, case, lambda _: problem) for case in readable)
-        return
+    return read_archive(source, path, cases, lambda readable: _read_rows(source, path, readable))
+
+
+def _read_rows(source: Source, path: str, readable: list[CaseRef]) -> Iterator[EncodedCase]:
     by_row = {_row_of(case): case for case in readable}
     with _open(source, path) as file:
         layout = _layout(file.schema_arrow)

@@ -138,8 +138,32 @@ def read_file(source: Source, locator: Locator) -> bytes | Problem:
     return data
 
 
-def archive_problem(source: Source, path: str, cases: Sequence[CaseRef]) -> Problem | None:
-    """Why no case of an archive can be read now: it is gone, or not the one that was listed."""
+def read_archive(
+    source: Source,
+    path: str,
+    cases: Sequence[CaseRef],
+    read: Callable[[list[CaseRef]], Iterator[EncodedCase]],
+) -> Iterator[EncodedCase]:
+    """Read cases of one archive: `read` gets those of which bytes are needed and can be had.
+
+    Cases without a usable slice need none; if the archive is gone or no longer the one that was
+    listed, no case gets any, and each says so.
+    """
+    readable = [case for case in cases if any(is_usable(item.problem) for item in case.slices)]
+    needed = {id(case) for case in readable}
+    for case in cases:
+        if id(case) not in needed:
+            yield read_case(source, case, _never_fetched)
+    if not readable:
+        return
+    problem = _archive_problem(source, path, readable)
+    if problem is None:
+        yield from read(readable)
+    else:
+        yield from (read_case(source, case, lambda _: problem) for case in readable)
+
+
+def _archive_problem(source: Source, path: str, cases: Sequence[CaseRef]) -> Problem | None:
     listed = next((s.image.version for c in cases for s in c.slices if s.image), "")
     try:
         info = storage.file_info(storage.join(source.uri, path))
@@ -149,16 +173,6 @@ def archive_problem(source: Source, path: str, cases: Sequence[CaseRef]) -> Prob
     if info is None or info.version != listed:
         return _changed("gone" if info is None else "another version")
     return None
-
-
-def split_unusable(
-    source: Source, cases: Sequence[CaseRef]
-) -> tuple[list[CaseRef], list[EncodedCase]]:
-    """Cases with something to read, and the finished rest: of those no byte is needed."""
-    readable = [case for case in cases if any(is_usable(item.problem) for item in case.slices)]
-    kept = {id(case) for case in readable}
-    rest = [case for case in cases if id(case) not in kept]
-    return readable, [read_case(source, case, _never_fetched) for case in rest]
 
 
 def _never_fetched(locator: Locator) -> bytes | Problem:

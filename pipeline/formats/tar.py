@@ -31,10 +31,9 @@ from pipeline.formats.source import (
     Format,
     Listing,
     Source,
-    archive_problem,
     broken_shard,
+    read_archive,
     read_case,
-    split_unusable,
 )
 from pipeline.images import PICTURE_SUFFIXES, REFUSED_SUFFIXES
 from pipeline.records import (
@@ -292,14 +291,10 @@ def _sidecar_slice(
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
     """Read the members of the cases by their offsets, in the order of the cases."""
-    readable, rest = split_unusable(source, cases)
-    yield from rest
-    if not readable:
-        return
-    problem = archive_problem(source, path, readable)
-    if problem is not None:
-        yield from (read_case(source, case, lambda _: problem) for case in readable)
-        return
+    return read_archive(source, path, cases, lambda readable: _read_members(source, path, readable))
+
+
+def _read_members(source: Source, path: str, cases: list[CaseRef]) -> Iterator[EncodedCase]:
     archive = _open(source, path)
 
     def fetch(locator: Locator) -> bytes | Problem:
@@ -311,7 +306,7 @@ def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[
         return data
 
     try:
-        for case in readable:
+        for case in cases:
             yield read_case(source, case, fetch)
     finally:
         archive.close()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from pipeline import results
+from pipeline import results, storage
 from pipeline.errors import (
     CommitConflict,
     ConfigError,
@@ -51,6 +51,17 @@ def test_a_night_counts_and_reads_back(night, read_rows):
         assert sorted(os.path.basename(u) for u in delta.file_uris()) == sorted(
             os.path.basename(p) for p in opened.paths(table)
         )
+
+
+def test_the_log_of_a_run_is_kept_with_it_and_names_no_patient(night):
+    import json
+
+    text = storage.read(results.run_uri(night.out, night.first.run_id, "log.jsonl")).decode()
+    events = [json.loads(line) for line in text.splitlines()]
+    assert [e["event"] for e in events][:2] == ["start", "compute"]
+    assert events[-1]["event"] == "published"
+    assert sum(e.get("images", 0) for e in events if e["event"] == "shard") == 48
+    assert "phantom" not in text
 
 
 def test_nothing_changed_computes_and_writes_nothing(night):
