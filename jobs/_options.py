@@ -42,7 +42,7 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the network runs."
 )
 night_option = click.option(
-    "--night", type=int, help="Number of a night; default: the published one."
+    "--night", type=click.IntRange(0), help="Number of a night; default: the published one."
 )
 bundle_option = click.option(
     "--bundle", required=True, metavar="FOLDER", help="The trained network; see `reseg bundle`."
@@ -104,3 +104,7 @@ def run(command: click.Command) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"reseg: {where}{error.strerror or error}", err=True)
+        sys.exit(1)

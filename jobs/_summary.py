@@ -11,7 +11,9 @@ _STATES = ["new", "changed", "stale", "removed", "unchanged", "bad"]
 def print_summary(summary: Summary, results: str) -> None:
     """First what happened, in one sentence; then the counts; then what to look at."""
     images = summary.counts["images"]
-    if summary.published:
+    if summary.published and summary.resumed and not summary.computed_images:
+        click.echo(f"Run {summary.run_id} is already night {summary.night}; nothing was done.")
+    elif summary.published:
         how = " (resumed)" if summary.resumed else ""
         rate = summary.computed_images / max(summary.seconds, 1e-9)
         click.echo(

@@ -4,12 +4,23 @@ from typing import Any
 
 import click
 
-from jobs._options import EPILOG, json_option, print_json, run, source_options, source_values
+from jobs._options import (
+    EPILOG,
+    config_option,
+    json_option,
+    print_json,
+    run,
+    set_option,
+    source_options,
+    source_values,
+)
 
 
 @click.command("inspect", epilog=EPILOG)
 @click.argument("source")
 @source_options
+@config_option
+@set_option
 @json_option
 def command(source: str, as_json: bool, **options: Any) -> None:
     """Say what SOURCE holds: format, cases, images, masks, sizes, and what its listing shows amiss.
@@ -20,7 +31,8 @@ def command(source: str, as_json: bool, **options: Any) -> None:
     from pipeline.inspection import inspect_source
     from pipeline.telemetry import Progress
 
-    config = load_config(SegmentConfig, options=source_values(options))
+    values = source_values(options)
+    config = load_config(SegmentConfig, options["config_path"], options["assignments"], values)
     progress = Progress(quiet=as_json)
     found = inspect_source(source, config, progress)
     progress.close()

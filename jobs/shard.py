@@ -4,7 +4,16 @@ from typing import Any
 
 import click
 
-from jobs._options import EPILOG, json_option, print_json, run, source_options, source_values
+from jobs._options import (
+    EPILOG,
+    config_option,
+    json_option,
+    print_json,
+    run,
+    set_option,
+    source_options,
+    source_values,
+)
 
 
 @click.command("shard", epilog=EPILOG)
@@ -15,6 +24,8 @@ from jobs._options import EPILOG, json_option, print_json, run, source_options, 
 )
 @click.option("--shard-mb", type=click.IntRange(1), default=128, show_default=True)
 @source_options
+@config_option
+@set_option
 @json_option
 def command(
     source: str, destination: str, kind: str, shard_mb: int, as_json: bool, **options: Any
@@ -31,7 +42,8 @@ def command(
     from pipeline.sharding import write_shards
     from pipeline.telemetry import Progress
 
-    config = load_config(SegmentConfig, options=source_values(options))
+    values = source_values(options)
+    config = load_config(SegmentConfig, options["config_path"], options["assignments"], values)
     opened = open_source(source, config.source, config.limits)
     progress = Progress(quiet=as_json)
     summary = write_shards(opened, destination, kind, shard_mb << 20, progress)  # type: ignore[arg-type]

@@ -23,8 +23,8 @@ def command(results: str, image_id: str, out: str, force: bool, night: int | Non
 
     if Path(out).exists() and not force:
         raise ConfigError(f"{out} exists; --force overwrites it")
-    if not Path(out).absolute().parent.is_dir():
-        raise ConfigError(f"{out}: the folder does not exist")
+    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"{out} is not a file in a folder that exists")
     show_image(require_night(results, night), image_id).save(out, "PNG")
     click.echo(f"wrote {out}")
 

@@ -7,6 +7,7 @@ value outside its choices is an error that names the table, the key and what is 
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -67,7 +68,7 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if getattr(self, item.name) <= 0:
+            if not 0 < getattr(self, item.name) < math.inf:
                 raise ConfigError(
                     f"limits.{item.name} must be above 0, not {getattr(self, item.name)}"
                 )
@@ -137,7 +138,12 @@ class SegmentConfig:
             raise ConfigError(f"max_bad_share must be between 0 and 1, not {self.max_bad_share}")
 
 
-_LAYOUT_ONLY = {"inference": ("batch_size", "forward_batch", "threads"), "resources": None}
+_LAYOUT_ONLY = {
+    "source": ("format",),
+    "limits": ("decode_timeout_s", "decode_memory_bytes"),
+    "inference": ("batch_size", "forward_batch", "threads"),
+    "resources": None,
+}
 
 
 def output_digest(config: SegmentConfig) -> str:

@@ -5,7 +5,7 @@ ResegError                exit
 │ ├ SourceError            2    the source cannot be listed, or holds nothing to segment
 │ ├ BundleError            2    the bundle or the weights cannot be used
 │ └ ResultsError           2    the results folder is not usable, or belongs to something else
-├ StorageError             1    the store failed; transient ones are worth a second try
+├ StageFailed              1    a worker failed more often than it may; resumable
 ├ CommitConflict           1    somebody else published first; nothing of ours is visible
 ├ VerificationError        1    what was written is not what was planned; nothing published
 ├ RunStalled               1    no progress for too long; names the stage
@@ -83,7 +83,6 @@ class ResegError(Exception):
     """Root of all errors that end a command with one sentence instead of a traceback."""
 
     exit_code: ClassVar[int] = 1
-    transient: ClassVar[bool] = False
 
 
 class ConfigError(ResegError):
@@ -108,8 +107,8 @@ class ResultsError(ConfigError):
     """The results folder cannot be used for this run, or does not hold what was asked for."""
 
 
-class StorageError(ResegError):
-    """A store did not do what it was asked."""
+class StageFailed(ResegError):
+    """A stage of the flow failed more often than it may; what is done is kept."""
 
 
 class CommitConflict(ResegError):

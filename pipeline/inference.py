@@ -255,6 +255,7 @@ class Predictor:
             elif isinstance(step, Argmax):
                 labels, confidence = _choose(values, None)
         assert labels is not None
+        labels = labels * finite_Z[:, None, None]  # before shapes, which reach over slices
         return Prediction(
             labels_ZHW=labels.to(torch.uint8).cpu().numpy(),
             confidence_ZHW=(confidence * 255).round().to(torch.uint8).cpu().numpy(),

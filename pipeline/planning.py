@@ -205,7 +205,12 @@ class _Planner:
             self.removed.append(old.parts)
 
     def _is_unchanged(self, shard: Shard, old: PublishedShard | None) -> bool:
-        return old is not None and self._same_model(old) and old.version == shard.version
+        return (
+            old is not None
+            and self._same_model(old)
+            and old.version == shard.version
+            and not self._retry_needed(old)
+        )
 
     def _same_model(self, old: PublishedShard) -> bool:
         return (old.bundle_digest, old.config_digest) == (self.bundle_digest, self.config_digest)
@@ -224,7 +229,7 @@ class _Planner:
                 self._seen.setdefault(case_id, shard.shard_id)
 
     def _plan_shard(self, shard: Shard, old: PublishedShard | None) -> Work | None:
-        if old is not None and self._is_unchanged(shard, old) and not self._retry_needed(old):
+        if old is not None and self._is_unchanged(shard, old):
             self.counts.add("unchanged", old.num_images, cases=old.num_cases)
             self.counts.bad["images"] += old.num_bad
             self.counts.bad["cases"] += old.num_bad_cases
@@ -326,11 +331,12 @@ class _Planner:
                 yield from pairs
 
     def _retry_needed(self, old: PublishedShard) -> bool:
-        """Whether bad rows of an unchanged shard have causes that may have passed."""
+        """Whether bad rows of an unchanged shard have causes that may have passed elsewhere."""
         if not old.num_bad or self.night is None or old.parts.masks is None:
             return False
         rows = results.read_part(self.night.results, "masks", old.parts.masks, ["error_class"])
-        return bool(set(rows.column("error_class").to_pylist()) & RETRIED_ERRORS)
+        causes = set(rows.column("error_class").to_pylist())
+        return bool(causes & (RETRIED_ERRORS | {ErrorClass.DUPLICATE_KEY}))
 
     def _old_cases(self, old: PublishedShard) -> dict[str, OldCase]:
         """The cases of a published shard, from the small columns of its part."""

@@ -238,6 +238,7 @@ class Receipt:
     num_bad_cases: int
     num_bad: int
     num_computed: int
+    num_to_retry: int
     masks: PartFile | None
     metrics: PartFile | None
     cases: PartFile | None

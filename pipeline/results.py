@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +45,13 @@ TABLES = ("metrics", "cases", "masks")
 """In the order in which a night commits them; the last one publishes."""
 
 METADATA_KEY = "reseg"
+
+_TABLE_CONFIGURATION: dict[str, str | None] = {
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.logRetentionDuration": "interval 36500 days",
+}
+"""Old nights stay readable: by default Delta forgets versions older than 30 days."""
+
 _READERS = 8
 
 
@@ -160,11 +168,6 @@ class Night:
         """The Parquet files of one table of this night, in shard order."""
         names = (getattr(shard.parts, table) for shard in self.shards.values())
         return [storage.join(self.results, table, name) for name in names if name]
-
-
-def is_results(results: str) -> bool:
-    """Whether a night was ever published here."""
-    return _open_table(results, "masks") is not None
 
 
 def latest_night_number(results: str) -> int | None:
@@ -343,7 +346,10 @@ def load_plan(results: str, run_id: str) -> RunPlan | None:
         data = storage.read(run_uri(results, run_id, "plan.json.gz"))
     except FileNotFoundError:
         return None
-    values = json.loads(gzip.decompress(data))
+    try:
+        values = json.loads(gzip.decompress(data))
+    except (OSError, EOFError, ValueError, zlib.error):
+        raise ResultsError(f"the plan of run {run_id} in {results} is damaged") from None
     return RunPlan(
         run_id=values["run_id"],
         base_night=values.get("base_night"),
@@ -356,6 +362,11 @@ def load_plan(results: str, run_id: str) -> RunPlan | None:
         counts=values["counts"],
         code=values.get("code", {}),
     )
+
+
+def has_plan(results: str, run_id: str) -> bool:
+    """Whether a run was started, that is, its plan frozen."""
+    return storage.file_info(run_uri(results, run_id, "plan.json.gz")) is not None
 
 
 def open_runs(results: str) -> list[str]:
@@ -388,25 +399,49 @@ def load_receipt(results: str, run_id: str, shard_id: str) -> Receipt | None:
     return receipt_from_json(data)
 
 
+def withdraw_receipt(results: str, run_id: str, shard_id: str) -> None:
+    """Take a receipt back, so that its shard is computed again; its parts become orphans."""
+    storage.remove(run_uri(results, run_id, "receipts", f"{shard_id}.json"))
+
+
 def load_receipts(results: str, plan: RunPlan) -> dict[str, Receipt]:
-    """The receipts of a run's shards that are there, by shard."""
+    """The receipts of a run that can be relied on, by shard.
+
+    Those whose parts are not there, or that hold images which failed for a passing reason, are
+    withdrawn: their shards are computed again.
+    """
     keys = plan.work_keys()
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda shard: load_receipt(results, plan.run_id, shard), keys)
-        return {
-            receipt.shard_id: receipt
-            for receipt in found
-            if receipt is not None and receipt.work_key == keys[receipt.shard_id]
-        }
+        kept: dict[str, Receipt] = {}
+        for receipt in found:
+            if receipt is None:
+                continue
+            if _is_reliable(results, receipt, keys[receipt.shard_id]):
+                kept[receipt.shard_id] = receipt
+            else:
+                withdraw_receipt(results, plan.run_id, receipt.shard_id)
+        return kept
+
+
+def _is_reliable(results: str, receipt: Receipt, work_key: str) -> bool:
+    if receipt.work_key != work_key or receipt.num_to_retry:
+        return False
+    for table in TABLES:
+        part: PartFile | None = getattr(receipt, table)
+        if part is not None:
+            info = storage.file_info(storage.join(results, table, part.path))
+            if info is None or info.size != part.size_bytes:
+                return False
+    return True
 
 
 def adopt_receipts(results: str, plan: RunPlan, abandoned: str) -> int:
     """Take over from an unfinished run the shards whose work is still exactly the same."""
-    keys = plan.work_keys()
     adopted = 0
-    for shard_id, key in keys.items():
+    for shard_id, key in plan.work_keys().items():
         receipt = load_receipt(results, abandoned, shard_id)
-        if receipt is not None and receipt.work_key == key:
+        if receipt is not None and _is_reliable(results, receipt, key):
             put_receipt(results, plan.run_id, receipt)
             adopted += 1
     return adopted
@@ -424,11 +459,17 @@ def verify_receipts(results: str, plan: RunPlan, receipts: Mapping[str, Receipt]
     if missing:
         raise VerificationError(f"{len(missing)} planned shards have no receipt, as {missing[0]!r}")
     with ThreadPoolExecutor(_READERS) as pool:
-        for problem in pool.map(
-            lambda w: _verify_shard(results, w, receipts[w.shard_id]), plan.works
-        ):
-            if problem:
-                raise VerificationError(problem)
+        found = pool.map(lambda w: _verify_shard(results, w, receipts[w.shard_id]), plan.works)
+        problems = [
+            (work, problem) for work, problem in zip(plan.works, found, strict=True) if problem
+        ]
+    for work, _ in problems:
+        withdraw_receipt(results, plan.run_id, work.shard_id)
+    if problems:
+        raise VerificationError(
+            f"{problems[0][1]} ({len(problems)} shards in all); nothing is published, and the same "
+            "command computes them again"
+        )
 
 
 def _verify_shard(results: str, work: Work, receipt: Receipt) -> str | None:
@@ -573,6 +614,7 @@ def _commit(
                 uri,
                 schema,
                 adds,
+                configuration=_TABLE_CONFIGURATION,
                 commit_properties=properties,
                 storage_options=_storage_options(uri),
             )

@@ -8,7 +8,7 @@ included, under the same ids. An interrupted run is taken up where it stopped.
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import digest_json
-from pipeline.errors import BadImage, ConfigError, SourceError
+from pipeline.errors import RETRIED_ERRORS, BadImage, ConfigError, SourceError
 from pipeline.formats import FORMATS, Source
 from pipeline.formats.parquet import CASE_SCHEMA
 from pipeline.formats.tar import SIDECAR_SUFFIX
@@ -63,22 +63,19 @@ def write_shards(
         raise SourceError(f"{source.uri} holds no case")
     settings = [kind, asdict(source.config)]
     digests = [digest_json([settings, [to_plain(case) for _, case in group]]) for group in groups]
-    _check_destination(uri, digest_json(digests))
+    names = [f"shard-{number:05d}.{kind}" for number in range(len(groups))]
+    _check_destination(uri, digest_json(digests), dict(zip(names, digests, strict=True)))
     written = size_bytes = images = cases = 0
     entries = []
     for number, (group, digest) in enumerate(zip(groups, digests, strict=True), start=1):
-        name = f"shard-{number - 1:05d}.{kind}"
+        name = names[number - 1]
         done = _finished(uri, name, digest)
         if done is None:
             data = _encode(source, group, kind)
-            storage.write(storage.join(uri, name), data)
-            done = {
-                "name": name,
-                "plan": digest,
-                "sha256": sha256_hex(data),
-                "size_bytes": len(data),
-            }
+            size = len(data)
+            done = {"name": name, "plan": digest, "sha256": sha256_hex(data), "size_bytes": size}
             storage.write(storage.join(uri, ".reseg", f"{name}.json"), json.dumps(done).encode())
+            storage.write(storage.join(uri, name), data)
             written += 1
         entries.append(done)
         size_bytes += done["size_bytes"]
@@ -124,7 +121,7 @@ def _groups(source: Source, shard_bytes: int) -> Iterator[list[tuple[Shard, Case
         yield group
 
 
-def _check_destination(uri: str, plan: str) -> None:
+def _check_destination(uri: str, plan: str, shards: Mapping[str, str]) -> None:
     """Refuse a folder with other content; one of the same plan is taken up."""
     index = storage.join(uri, INDEX_FILE)
     if storage.file_info(index) is not None:
@@ -134,14 +131,19 @@ def _check_destination(uri: str, plan: str) -> None:
                 "write to a new folder"
             )
         return
-    if not storage.is_empty(uri):
-        foreign = [
-            item.path
-            for item in storage.list_files(uri)
-            if not item.path.startswith((".reseg/", "shard-", ".tmp-"))
-        ]
-        if foreign:
-            raise ConfigError(f"{uri} is not empty: it holds {foreign[0]!r}; write to a new folder")
+    if storage.is_empty(uri):
+        return
+    for item in storage.list_files(uri):
+        name = item.path.removeprefix(".reseg/").removesuffix(".json")
+        if item.path.startswith(".tmp-") or "/.tmp-" in item.path:
+            continue
+        record = storage.join(uri, ".reseg", f"{name}.json")
+        known = storage.file_info(record) is not None and json.loads(storage.read(record))
+        if not known or shards.get(name) != known["plan"]:
+            raise ConfigError(
+                f"{uri} is not empty: it holds {item.path!r}, which is not of these shards; "
+                "write to a new folder"
+            )
 
 
 def _finished(uri: str, name: str, digest: str) -> dict[str, Any] | None:
@@ -165,12 +167,28 @@ def _finished(uri: str, name: str, digest: str) -> dict[str, Any] | None:
 
 
 def _encode(source: Source, group: Sequence[tuple[Shard, CaseRef]], kind: Kind) -> bytes:
-    cases = (_read(source, shard, case) for shard, case in group)
-    return _encode_parquet(cases) if kind == "parquet" else _encode_tar(cases)
+    """A shard's bytes. The cases are read shard by shard of the source, and put in their order."""
+    wanted: dict[str, tuple[Shard, list[CaseRef]]] = {}
+    for shard, case in group:
+        wanted.setdefault(shard.shard_id, (shard, []))[1].append(case)
+    read = {
+        encoded.case_id: encoded
+        for shard, cases in wanted.values()
+        for encoded in FORMATS[source.format].read_cases(source, shard.path, cases)
+    }
+    ordered = [_checked(read[case.case_id]) for _, case in group]
+    return _encode_parquet(iter(ordered)) if kind == "parquet" else _encode_tar(iter(ordered))
 
 
-def _read(source: Source, shard: Shard, case: CaseRef) -> EncodedCase:
-    return next(iter(FORMATS[source.format].read_cases(source, shard.path, [case])))
+def _checked(case: EncodedCase) -> EncodedCase:
+    """The case, unless it cannot be written as it is now. Raises SourceError."""
+    for item in case.slices:
+        if item.problem is not None and item.problem.error_class in RETRIED_ERRORS:
+            raise SourceError(
+                f"{case.case_id!r}, slice {item.name!r}: {item.problem.error_class}: "
+                f"{item.problem.message}; nothing is lost, run the command again"
+            )
+    return case
 
 
 def _encode_parquet(cases: Iterator[EncodedCase]) -> bytes:

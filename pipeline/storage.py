@@ -9,13 +9,14 @@ import io
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
 
-from pipeline.errors import ConfigError, SourceError, StorageError
+from pipeline.errors import ConfigError, SourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,32 +74,50 @@ def list_files(uri: str) -> Iterator[FileInfo]:
         raise SourceError(f"{uri} is a file; wanted is a folder, or a .tar or .parquet file")
     if not os.path.isdir(uri):
         raise SourceError(f"{uri} is not a folder that exists")
-    yield from _list_local(uri, "", set())
+    yield from _list_local(uri)
 
 
-def _list_local(root: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[FileInfo]:
-    try:
-        entries = list(os.scandir(os.path.join(root, prefix) if prefix else root))
-    except OSError as error:
-        raise SourceError(f"cannot list {os.path.join(root, prefix)}: {error.strerror}") from None
-    for entry in entries:
-        path = f"{prefix}/{entry.name}" if prefix else entry.name
+def _list_local(root: str) -> Iterator[FileInfo]:
+    """Files of real folders first, then of linked ones; a folder reached before is not entered
+    again, so a path does not depend on the order in which the disk lists its entries."""
+    start = os.stat(root)
+    seen = {(start.st_dev, start.st_ino)}
+    folders, linked = [""], deque[str]()
+    while folders or linked:
+        prefix = folders.pop() if folders else linked.popleft()
         try:
-            info = entry.stat()
-        except OSError:
-            yield FileInfo(path=path, size=0, version="unreadable")
-            continue
-        if stat.S_ISDIR(info.st_mode):
-            if (info.st_dev, info.st_ino) not in seen:
+            with os.scandir(os.path.join(root, prefix) if prefix else root) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            place = os.path.join(root, prefix)
+            raise SourceError(f"cannot list {place}: {error.strerror}") from None
+        for entry in entries:
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            try:
+                info = entry.stat()
+            except OSError:
+                yield FileInfo(path=path, size=0, version="unreadable")
+                continue
+            if not stat.S_ISDIR(info.st_mode):
+                special = not stat.S_ISREG(info.st_mode)
+                version = _local_version(info)
+                yield FileInfo(path=path, size=info.st_size, version=version, special=special)
+            elif entry.is_symlink():
+                linked.append(path)
+            else:
                 seen.add((info.st_dev, info.st_ino))
-                yield from _list_local(root, path, seen)
-        else:
-            yield FileInfo(
-                path=path,
-                size=info.st_size,
-                version=_local_version(info),
-                special=not stat.S_ISREG(info.st_mode),
-            )
+                folders.append(path)
+        while not folders and linked and _enter(root, linked[0], seen):
+            linked.popleft()
+
+
+def _enter(root: str, path: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a linked folder was reached before; if not, it counts as reached from now on."""
+    info = os.stat(os.path.join(root, path))
+    key = (info.st_dev, info.st_ino)
+    reached = key in seen
+    seen.add(key)
+    return reached
 
 
 def _local_version(info: os.stat_result) -> str:
@@ -156,18 +175,6 @@ def read(uri: str) -> bytes:
         return bytes(obstore.get(_store(bucket), key).bytes())
     with open(uri, "rb") as file:
         return file.read()
-
-
-def read_range(uri: str, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`; fewer where the file ends."""
-    if is_remote(uri):
-        import obstore
-
-        bucket, key = _split(uri)
-        return bytes(obstore.get_range(_store(bucket), key, start=offset, length=size))
-    with open(uri, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
 
 
 def open_reader(uri: str) -> BinaryIO:
@@ -323,8 +330,3 @@ def _brief(error: BaseException) -> str:
     """The first line of a store's error; the rest may hold request headers."""
     text = (str(error).splitlines() or [""])[0][:200]
     return text or type(error).__name__
-
-
-def transient_error(uri: str, error: BaseException) -> StorageError:
-    """An error of the store as one of ours."""
-    return StorageError(f"{uri}: {_brief(error)}")

@@ -130,7 +130,7 @@ def segment_here() -> Callable[..., Any]:
         patch.setattr(
             segment,
             "plan_pool",
-            lambda *_: segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0, task_cpus=1),
+            lambda *_: segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0),
         )
         try:
             return segment.run_segment(*arguments, **options)

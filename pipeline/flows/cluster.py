@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -19,12 +20,11 @@ _CONNECT_HINT = "is a Ray cluster running there, and is its token in RAY_AUTH_TO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """What the flow may use: actors with the CPUs and GPUs of each, and what is left for tasks."""
+    """The actors of a run, with the CPUs and GPUs of each."""
 
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
-    task_cpus: float
 
 
 @contextmanager
@@ -50,6 +50,7 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
             if address is None:
                 _start_local(resources, threads)
             else:
+                _check_reachable(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         brief = (str(error).splitlines() or [""])[0]
@@ -64,6 +65,16 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
             yield
         finally:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray itself would try for minutes. Raises ConnectionError."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=3).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers there ({error.strerror or error})") from None
 
 
 def _start_local(resources: ResourceConfig, threads: int) -> None:
@@ -147,7 +158,6 @@ def plan_pool(resources: ResourceConfig, threads: int, num_works: int) -> Pool:
         num_actors=actors,
         cpus_per_actor=per_actor,
         gpus_per_actor=1.0 if on_gpu else 0.0,
-        task_cpus=tasks,
     )
 
 

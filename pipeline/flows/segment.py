@@ -7,15 +7,18 @@ shard and return a receipt. Only receipts reach the driver, which alone commits.
 """
 
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from threading import local
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import results, storage
 from pipeline.bundle import Bundle, build_model, load_bundle
@@ -29,14 +32,16 @@ from pipeline.cases import (
     pack_predicted,
     unpack_predicted,
 )
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, output_digest
 from pipeline.errors import (
+    RETRIED_ERRORS,
     BadImage,
     ConfigError,
     ErrorClass,
     ResegError,
+    ResultsError,
     RunStalled,
-    StorageError,
+    StageFailed,
     TooManyBadImages,
 )
 from pipeline.flows.cluster import Pool, connect, plan_pool, quiet_deprecations
@@ -56,7 +61,8 @@ from pipeline.results import RunPlan
 from pipeline.sandbox import Sandbox
 from pipeline.telemetry import RunLog
 
-STAGES = ("read", "predict", "finish")
+_STAGE_NAMES = {"_read_stage": "read", "_PredictStage": "predict", "_finish_stage": "finish"}
+_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*): .+)$", re.MULTILINE)
 _MAX_BYTES_IN_ROW = 512 << 20
 _LOOKAHEAD = 2
 
@@ -130,21 +136,34 @@ def run_segment(
     if not plan.works and not plan.removed:
         return _summary(plan, [], plan.base_night, started, resumed=False, published=False)
     build_model(bundle)
-    if not resumed:
-        results.save_plan(results_uri, plan)
-        for abandoned in results.open_runs(results_uri):
-            if abandoned != plan.run_id:
-                results.adopt_receipts(results_uri, plan, abandoned)
     log = RunLog(results.run_uri(results_uri, plan.run_id, "log.jsonl"))
     log("start", run=plan.run_id, resumed=resumed, shards=len(plan.works), counts=plan.counts)
+    receipts = results.load_receipts(results_uri, plan) if resumed else {}
     try:
-        receipts = _compute(plan, results_uri, bundle, config, address, report, log)
+        if len(receipts) < len(plan.works):
+            with connect(address, config.resources, config.inference.threads):
+                pool = plan_pool(config.resources, config.inference.threads, len(plan.works))
+                receipts = _start_run(plan, results_uri, resumed=resumed)
+                _compute(plan, receipts, results_uri, bundle, config, pool, report, log)
+        elif not resumed:
+            _start_run(plan, results_uri, resumed=resumed)
         return _publish(plan, results_uri, receipts, config, started, log, resumed=resumed)
     except BaseException as error:
         log("stopped", run=plan.run_id, reason=type(error).__name__)
         raise
     finally:
-        log.save()
+        if results.has_plan(results_uri, plan.run_id):
+            log.save()
+
+
+def _start_run(plan: RunPlan, results_uri: str, *, resumed: bool) -> dict[str, Receipt]:
+    """Freeze a new plan and take over what open runs have done of it; the receipts there are."""
+    if not resumed:
+        results.save_plan(results_uri, plan)
+        for abandoned in results.open_runs(results_uri):
+            if abandoned != plan.run_id:
+                results.adopt_receipts(results_uri, plan, abandoned)
+    return results.load_receipts(results_uri, plan)
 
 
 def _silent(done: int, total: int, what: str, note: str) -> None:
@@ -164,16 +183,17 @@ def _find_or_make_plan(
     if run_id is not None:
         frozen = results.load_plan(results_uri, check_run_id(run_id))
         if frozen is not None:
-            _check_frozen(frozen, bundle, config)
+            _check_frozen(frozen, location, bundle, config)
             return frozen, True
     plan = make_plan(
         location, results_uri, bundle, config, run_id=run_id, limit=limit, progress=progress
     )
     if run_id is None:
         for candidate in results.open_runs(results_uri):
-            frozen = results.load_plan(results_uri, candidate)
-            if frozen is not None and _is_same_plan(frozen, plan):
-                return frozen, True
+            with suppress(ResultsError):  # a damaged plan is set aside with its run
+                frozen = results.load_plan(results_uri, candidate)
+                if frozen is not None and _is_same_plan(frozen, plan):
+                    return frozen, True
     return plan, False
 
 
@@ -185,9 +205,13 @@ def _is_same_plan(frozen: RunPlan, plan: RunPlan) -> bool:
     )
 
 
-def _check_frozen(frozen: RunPlan, bundle: Bundle, config: SegmentConfig) -> None:
-    from pipeline.config import output_digest
-
+def _check_frozen(frozen: RunPlan, location: str, bundle: Bundle, config: SegmentConfig) -> None:
+    """Refuse to finish a run with another source, bundle or configuration."""
+    if frozen.source["uri"] != storage.resolve(location):
+        raise ConfigError(
+            f"run {frozen.run_id} is of the source {frozen.source['uri']}, not {location}; "
+            "start another run"
+        )
     if frozen.bundle["digest"] != bundle.digest:
         raise ConfigError(
             f"run {frozen.run_id} was planned with the bundle {frozen.bundle['digest'][:12]} "
@@ -206,18 +230,16 @@ def _check_frozen(frozen: RunPlan, bundle: Bundle, config: SegmentConfig) -> Non
 
 def _compute(
     plan: RunPlan,
+    receipts: dict[str, Receipt],
     results_uri: str,
     bundle: Bundle,
     config: SegmentConfig,
-    address: str | None,
+    pool: Pool,
     report: Report,
     log: RunLog,
-) -> dict[str, Receipt]:
-    """Get a receipt for every planned shard, computing those that have none yet."""
-    receipts = results.load_receipts(results_uri, plan)
+) -> None:
+    """Add to `receipts` those of the planned shards that have none yet, by computing them."""
     todo = [work for work in plan.works if work.shard_id not in receipts]
-    if not todo:
-        return receipts
     source = Source(
         uri=plan.source["uri"],
         format=plan.source["format"],
@@ -234,24 +256,21 @@ def _compute(
         config=config,
         config_digest=plan.config_digest,
     )
+    log("compute", run=plan.run_id, shards=len(todo), **asdict(pool))
     started, images = time.monotonic(), 0
-    with connect(address, config.resources, config.inference.threads):
-        pool = plan_pool(config.resources, config.inference.threads, len(todo))
-        log("compute", run=plan.run_id, shards=len(todo), **asdict(pool))
-        for receipt in _stream_receipts(todo, job, pool):
-            receipts[receipt.shard_id] = receipt
-            images += receipt.num_computed
-            rate = images / max(time.monotonic() - started, 1e-9)
-            report(len(receipts), len(plan.works), "shards", f"{rate:,.1f} images/s")
-            log(
-                "shard",
-                run=plan.run_id,
-                shard=receipt.shard_id,
-                images=receipt.num_images,
-                bad=receipt.num_bad,
-                **receipt.seconds,
-            )
-    return receipts
+    for receipt in _stream_receipts(todo, job, pool) if todo else ():
+        receipts[receipt.shard_id] = receipt
+        images += receipt.num_computed
+        rate = images / max(time.monotonic() - started, 1e-9)
+        report(len(receipts), len(plan.works), "shards", f"{rate:,.1f} images/s")
+        log(
+            "shard",
+            run=plan.run_id,
+            shard=receipt.shard_id,
+            images=receipt.num_images,
+            bad=receipt.num_bad,
+            **receipt.seconds,
+        )
 
 
 def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Receipt]:
@@ -311,11 +330,10 @@ def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Rec
 def _stalled(message: str, timeout_s: float) -> str:
     """The stages that still had work, from Ray's own account."""
     running = [line.strip("- ") for line in message.splitlines() if line.startswith("  - ")]
-    names = {"_read_stage": "read", "_PredictStage": "predict", "_finish_stage": "finish"}
     stages = [
         f"{stage} ({line.partition(':')[2].strip()})"
         for line in running
-        for key, stage in names.items()
+        for key, stage in _STAGE_NAMES.items()
         if key in line
     ]
     return (
@@ -332,18 +350,12 @@ def _cause(error: BaseException, run_id: str) -> ResegError:
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     text = str(error)
-    stage = next(
-        (
-            s
-            for n, s in (("_read", "read"), ("_Predict", "predict"), ("_finish", "finish"))
-            if n in text
-        ),
-        "unknown",
-    )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return StorageError(
-        f"the {stage} stage failed more often than it may: {(lines or ['?'])[-1][:300]}; what is done "
-        f"is kept, the same command resumes run {run_id}"
+    stage = next((name for key, name in _STAGE_NAMES.items() if key in text), "unknown")
+    reasons = _ERROR_LINE.findall(text)
+    reason = reasons[-1] if reasons else type(error).__name__
+    return StageFailed(
+        f"the {stage} stage failed: {reason[:300]}; what is done is kept, and the same command "
+        f"resumes run {run_id}"
     )
 
 
@@ -373,7 +385,7 @@ def _publish(
         )
     record = {
         "bundle": dict(plan.bundle),
-        "config": dict(plan.config),
+        "config": asdict(config),
         "config_digest": plan.config_digest,
         "source": dict(plan.source),
         "counts": counts,
@@ -664,6 +676,7 @@ def write_shard(
         num_cases=len(case_index),
         num_images=masks.num_rows,
         num_bad_cases=len(bad_cases),
+        num_to_retry=sum(row["error_class"] in RETRIED_ERRORS for row in rows_of["masks"]),
         num_bad=sum(status != STATUS_OK for status in masks.column("status").to_pylist()),
         num_computed=sum(len(case.masks) for case in computed),
         masks=parts["masks"],
@@ -677,8 +690,10 @@ def _copied_rows(work: Work, table: str, results_uri: str) -> list[dict[str, Any
     if not work.copy or old is None:
         return []
     wanted = {case_id for case_id, _ in work.copy}
-    rows = results.read_part(results_uri, table, old).to_pylist()
-    return [row for row in rows if row["case_id"] in wanted]
+    rows = results.read_part(results_uri, table, old)
+    kept = pc.is_in(rows.column("case_id"), pa.array(sorted(wanted), pa.string()))
+    copied: list[dict[str, Any]] = rows.filter(kept).to_pylist()
+    return copied
 
 
 # Encoded cases in one buffer

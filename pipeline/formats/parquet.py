@@ -20,8 +20,11 @@ from pipeline.formats.source import (
     Listing,
     Source,
     broken_shard,
+    checked_spacing,
     read_archive,
     read_case,
+    unique_cases,
+    unique_names,
 )
 from pipeline.formats.tar import list_archives
 from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, SliceRef, sha256_hex
@@ -80,6 +83,7 @@ def _layout(schema: pa.Schema) -> str:
         and _is_list_of(kinds.get("slice_names", pa.null()), _is_text)
         and _is_list_of(kinds.get("images", pa.null()), _is_binary)
         and _is_list_of(kinds.get("masks", pa.list_(pa.binary())), _is_binary)
+        and _is_list_of(kinds.get("spacing_mm", pa.list_(pa.float64())), pa.types.is_floating)
     ):
         return "cases"
     masks_fit = "mask" not in kinds or _is_binary(kinds["mask"])
@@ -118,17 +122,10 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> l
     rows = file.read(columns=[name for name in wanted if name in names]).to_pylist()
     masks = _masks_present(file, layout)
     expected = source.config.references == "auto" and any(any(row) for row in masks)
-    seen: dict[str, int] = {}
     cases = []
     for number, row in enumerate(rows):
         case_id = row[layout if layout != "cases" else "case_id"]
-        case_id = f"row {number}" if case_id is None else case_id
-        seen[case_id] = seen.get(case_id, 0) + 1
-        problem = None
-        if seen[case_id] > 1:
-            message = "an earlier row of the shard has the same case id"
-            problem = Problem(error_class=ErrorClass.DUPLICATE_KEY, message=message)
-            case_id = f"{case_id}~{seen[case_id]}"
+        spacing_mm, problem = checked_spacing(row.get("spacing_mm"))
         has_mask = dict(enumerate(masks[number] if masks else []))
         slices = [
             SliceRef(
@@ -137,31 +134,21 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> l
                 mask=_locator(shard, number, -1 - index) if has_mask.get(index) else None,
                 problem=problem or (MISSING_MASK if expected and not has_mask.get(index) else None),
             )
-            for index, name in enumerate(_slice_names(row.get("slice_names")))
+            for index, name in enumerate(unique_names(row.get("slice_names") or ["0"]))
         ]
-        spacing = row.get("spacing_mm")
         cases.append(
             CaseRef(
-                case_id=case_id,
+                case_id=f"row {number}" if case_id is None else case_id,
                 slices=tuple(sorted(slices, key=lambda item: natural_key(item.name))),
-                spacing_mm=tuple(spacing) if spacing else None,
+                spacing_mm=spacing_mm,
             )
         )
-    return cases
+    return unique_cases(cases)
 
 
 def _locator(shard: Shard, row: int, item: int) -> Locator:
     """Where an image is, or, with -1 minus its position as item, its mask."""
     return Locator(path=shard.path, offset=row, version=shard.version, item=item)
-
-
-def _slice_names(stored: list[str | None] | None) -> list[str]:
-    """Names that are there, differ, and hold no `/`; a row without slices has one, which is bad."""
-    names: list[str] = []
-    for index, name in enumerate(stored or ["0"]):
-        name = str(index) if name is None else name.replace("/", "_")
-        names.append(name if name not in names else f"{name}~{index}")
-    return names
 
 
 def _masks_present(file: pq.ParquetFile, layout: str) -> list[list[bool]]:

@@ -148,9 +148,10 @@ def _case(
     slices = []
     for name in sorted(images.keys() | masks.keys(), key=natural_key):
         image, mask = images.get(name), masks.get(name)
-        problem = next((e.problem for e in (image, mask) if e and e.problem), None)
-        if problem is None and image is None:
-            problem = _MISSING_IMAGE
+        problem = image.problem if image else (mask and mask.problem) or _MISSING_IMAGE
+        if problem is None and mask is not None and mask.problem is not None:
+            message = f"the reference mask: {mask.problem.error_class}: {mask.problem.message}"
+            problem, mask = Problem(error_class=ErrorClass.BAD_MASK, message=message), None
         if problem is None and mask is None and masks_expected:
             problem = MISSING_MASK
         slices.append(

@@ -1,11 +1,12 @@
 """What a format must offer, and what all of them share: reading one slice's bytes safely."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from pipeline import storage
 from pipeline.config import LimitsConfig, SourceConfig
-from pipeline.errors import ErrorClass
+from pipeline.errors import REFERENCE_ERRORS, ErrorClass
 from pipeline.records import (
     CaseRef,
     EncodedCase,
@@ -14,6 +15,7 @@ from pipeline.records import (
     Problem,
     Shard,
     SliceRef,
+    printable,
     sha256_hex,
 )
 from pipeline.registry import Registry
@@ -85,12 +87,14 @@ def read_case(
             problem=ref.problem,
         )
         if is_usable(ref.problem):
-            if ref.image is not None:
-                item.image, item.image_sha256 = _fetch(item, ref.image, fetch)
+            if source.config.references != "auto" and item.problem is not None:
+                item.problem = None
             if ref.mask is not None and source.config.references != "ignore":
-                item.mask, item.mask_sha256 = _fetch(item, ref.mask, fetch)
-        if item.problem is not None and item.problem.error_class == ErrorClass.MISSING_MASK:
-            item.problem = item.problem if source.config.references == "auto" else None
+                item.mask, item.mask_sha256, problem = _fetch(ref.mask, fetch)
+                item.problem = _of_mask(problem) or item.problem
+            if ref.image is not None:
+                item.image, item.image_sha256, problem = _fetch(ref.image, fetch)
+                item.problem = problem or item.problem
         slices.append(item)
     return EncodedCase(
         case_id=case.case_id,
@@ -100,23 +104,68 @@ def read_case(
 
 
 def is_usable(problem: Problem | None) -> bool:
-    """Whether an image with this problem can still be read: only its reference is missing."""
-    return problem is None or problem.error_class == ErrorClass.MISSING_MASK
+    """Whether an image with this problem can still be read: only its reference is amiss."""
+    return problem is None or problem.error_class in REFERENCE_ERRORS
 
 
 def _slice_uri(source: Source, ref: SliceRef) -> str:
     locator = ref.image or ref.mask
-    return storage.join(source.uri, locator.path) if locator else source.uri
+    return storage.join(source.uri, printable(locator.path)) if locator else source.uri
 
 
 def _fetch(
-    item: EncodedSlice, locator: Locator, fetch: Callable[[Locator], bytes | Problem]
-) -> tuple[bytes | None, str | None]:
+    locator: Locator, fetch: Callable[[Locator], bytes | Problem]
+) -> tuple[bytes | None, str | None, Problem | None]:
+    """Bytes and their digest, or why there are none."""
     data = fetch(locator)
     if isinstance(data, Problem):
-        item.problem = data
+        return None, None, data
+    return data, sha256_hex(data), None
+
+
+def _of_mask(problem: Problem | None) -> Problem | None:
+    """A mask that cannot be read costs the reference, not the image."""
+    if problem is None:
+        return None
+    message = f"the reference mask: {problem.error_class}: {problem.message}"
+    return Problem(error_class=ErrorClass.BAD_MASK, message=message)
+
+
+def unique_cases(cases: Sequence[CaseRef]) -> list[CaseRef]:
+    """The cases of a shard, with every later case of a taken id as DuplicateKey, `ID~2`."""
+    seen: dict[str, int] = {}
+    unique = []
+    for case in cases:
+        seen[case.case_id] = seen.get(case.case_id, 0) + 1
+        if seen[case.case_id] > 1:
+            message = "an earlier case of the shard has the same id"
+            problem = Problem(error_class=ErrorClass.DUPLICATE_KEY, message=message)
+            slices = tuple(replace(item, problem=problem) for item in case.slices)
+            case = replace(case, case_id=f"{case.case_id}~{seen[case.case_id]}", slices=slices)
+        unique.append(case)
+    return unique
+
+
+def checked_spacing(values: object) -> tuple[tuple[float, ...] | None, Problem | None]:
+    """A stored spacing as (z, y, x) or (y, x) in mm; what is wrong with it, where it is not one."""
+    if not values:
         return None, None
-    return data, sha256_hex(data)
+    fits = isinstance(values, (list, tuple)) and len(values) in (2, 3)
+    if fits and all(
+        isinstance(v, (int, float)) and 0 < v < 1e6 for v in cast(Sequence[Any], values)
+    ):
+        return tuple(float(v) for v in cast(Sequence[Any], values)), None
+    message = "spacing_mm is not (z, y, x) or (y, x) in mm"
+    return None, Problem(error_class=ErrorClass.SCHEMA_MISMATCH, message=message)
+
+
+def unique_names(stored: Sequence[object]) -> list[str]:
+    """Slice names that are there, differ, and hold no `/`."""
+    names: list[str] = []
+    for index, name in enumerate(stored):
+        text = str(index) if name is None else printable(str(name)).replace("/", "_")
+        names.append(text if text not in names else f"{text}~{index}")
+    return names
 
 
 def read_file(source: Source, locator: Locator) -> bytes | Problem:

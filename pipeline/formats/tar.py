@@ -14,6 +14,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 from pipeline import storage
@@ -32,8 +33,11 @@ from pipeline.formats.source import (
     Listing,
     Source,
     broken_shard,
+    checked_spacing,
     read_archive,
     read_case,
+    unique_cases,
+    unique_names,
 )
 from pipeline.images import PICTURE_SUFFIXES, REFUSED_SUFFIXES
 from pipeline.records import (
@@ -68,8 +72,13 @@ def list_archives(source: Source, suffixes: tuple[str, ...], format_name: str) -
         infos = [] if info is None else [info]
     else:
         infos = list(storage.list_files(source.uri))
-    ours = [item for item in infos if (item.path or source.uri).lower().endswith(suffixes)]
-    ignored = [printable(item.path) for item in infos if item not in ours]
+    ours: list[storage.FileInfo] = []
+    ignored: list[str] = []
+    for item in infos:
+        if (item.path or source.uri).lower().endswith(suffixes):
+            ours.append(item)
+        else:
+            ignored.append(printable(item.path))
     shards = tuple(
         Shard(
             shard_id=shard_id_of(item.path),
@@ -156,7 +165,7 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
     keys_of = pattern_keys(config.images, config.masks) if config.images else _webdataset_keys
     expected = None if config.references == "auto" else False
     grouped, _ = group_cases(entries, keys_of, masks_expected=expected)
-    return [*cases, *grouped]
+    return unique_cases([*cases, *grouped])
 
 
 def _name(source: Source, path: str) -> str:
@@ -167,14 +176,16 @@ def _entries(
     source: Source, shard: Shard, archive: _Guarded, cases: list[CaseRef]
 ) -> Iterator[Entry]:
     """Yield the members that are not part of a sidecar's case; append those cases to `cases`."""
-    sidecars: dict[str, dict[str, Any]] = {}
+    sidecars: list[tuple[dict[str, Any], dict[str, Locator]]] = []
+    current: dict[str, dict[str, Locator]] = {}
     try:
         with tarfile.open(fileobj=cast(BinaryIO, archive), mode="r:", errorlevel=2) as tar:
             for member in _members(tar):
                 problem = _member_problem(source, member)
                 if member.name.endswith(SIDECAR_SUFFIX) and problem is None:
                     stem, case = _sidecar(archive, member)
-                    sidecars[stem] = {"case": case, "members": {}}
+                    current[stem] = {}
+                    sidecars.append((case, current[stem]))
                     continue
                 locator = Locator(
                     path=shard.path,
@@ -183,8 +194,8 @@ def _entries(
                     version=shard.version,
                 )
                 stem, _, rest = member.name.partition(".")
-                if stem in sidecars and problem is None:
-                    sidecars[stem]["members"][rest] = locator
+                if stem in current and problem is None and rest in _listed(sidecars, current[stem]):
+                    current[stem][rest] = locator
                     continue
                 if problem is None and _ends_before(archive, locator):
                     message = "the archive ends inside it"
@@ -194,7 +205,16 @@ def _entries(
                 message = "the archive has no end mark: members may be missing behind its last one"
                 raise BadImage(ErrorClass.TRUNCATED_ARCHIVE, message)
     finally:
-        cases.extend(_sidecar_case(item["case"], item["members"]) for item in sidecars.values())
+        cases.extend(_sidecar_case(case, members) for case, members in sidecars)
+
+
+def _listed(
+    sidecars: list[tuple[dict[str, Any], dict[str, Locator]]], members: dict[str, Locator]
+) -> set[str]:
+    """The member names that the sidecar of `members` lists; the last sidecars are the likely ones."""
+    case = next(case for case, found in reversed(sidecars) if found is members)
+    listed: set[str] = case["listed"]
+    return listed
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -251,14 +271,15 @@ def _sidecar(archive: _Guarded, member: tarfile.TarInfo) -> tuple[str, dict[str,
     archive.seek(member.offset_data)
     try:
         case = json.loads(archive.read(member.size))
-        names = [str(item["name"]) for item in case["slices"]]
+        names = unique_names([item["name"] for item in case["slices"]])
         case = {
             "case_id": str(case["case_id"]),
             "slices": [
                 {"name": name, "image": item.get("image"), "mask": item.get("mask")}
                 for name, item in zip(names, case["slices"], strict=True)
             ],
-            "spacing_mm": [float(value) for value in case.get("spacing_mm") or ()] or None,
+            "spacing_mm": case.get("spacing_mm"),
+            "listed": {item.get(r) for item in case["slices"] for r in ("image", "mask")} - {None},
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadImage(
@@ -269,11 +290,11 @@ def _sidecar(archive: _Guarded, member: tarfile.TarInfo) -> tuple[str, dict[str,
 
 def _sidecar_case(case: dict[str, Any], members: dict[str, Locator]) -> CaseRef:
     any_mask = any(item["mask"] for item in case["slices"])
-    return CaseRef(
-        case_id=case["case_id"],
-        spacing_mm=tuple(case["spacing_mm"]) if case["spacing_mm"] else None,
-        slices=tuple(_sidecar_slice(item, members, any_mask) for item in case["slices"]),
-    )
+    spacing_mm, problem = checked_spacing(case["spacing_mm"])
+    slices = [_sidecar_slice(item, members, any_mask) for item in case["slices"]]
+    if problem is not None:
+        slices = [replace(item, problem=problem) for item in slices]
+    return CaseRef(case_id=case["case_id"], spacing_mm=spacing_mm, slices=tuple(slices))
 
 
 def _sidecar_slice(

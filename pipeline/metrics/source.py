@@ -20,8 +20,7 @@ class Metric:
 
     compute(mask, reference, spacing): boolean arrays of equal shape, reference None where there
     is none, spacing in mm along each axis (1.0 where unknown); returns a value for each column,
-    None where it is not defined. columns: names with Arrow types. image_only, case_only: further
-    columns that only that table has.
+    None where it is not defined. columns: names with Arrow types. tables: where it is measured.
     """
 
     columns: Mapping[str, pa.DataType]

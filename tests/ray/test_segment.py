@@ -152,7 +152,7 @@ def test_a_run_that_cannot_move_ends_and_names_the_stage(
     phantoms, tmp_path, demo_bundle, config, ray_session, monkeypatch
 ):
     """Actors that no node can ever hold: without the watchdog this would wait for good."""
-    starving = Pool(num_actors=2, cpus_per_actor=4.0, gpus_per_actor=0, task_cpus=0.75)
+    starving = Pool(num_actors=2, cpus_per_actor=4.0, gpus_per_actor=0)
     monkeypatch.setattr(segment, "plan_pool", lambda *_: starving)
     chosen = config(resources__stall_timeout_s=8.0)
     _Stuck.__name__ = "_PredictStage"

@@ -387,3 +387,60 @@ def test_a_flipped_bit_in_a_shard_is_told(phantom_source, tmp_path):
     path.write_bytes(bytes(data))
     found = set(problems(open_here(tmp_path / "s")).values())
     assert found & {ErrorClass.CORRUPT_PARQUET, ErrorClass.CHECKSUM_MISMATCH}
+
+
+def test_two_sidecars_of_one_case_are_both_visible(phantom_source, tmp_path):
+    write_shards(phantom_source, str(tmp_path / "s"), "tar")
+    path = tmp_path / "s" / "shard-00000.tar"
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    first = [item for item in members if item[0].startswith("000000.")]
+    make_tar(path, [*first, *first, ("000000.9999.image.png", PICTURE)])
+    found = problems(open_here(tmp_path / "s"))
+    assert [k for k, v in found.items() if v is None] == [
+        f"phantom_0000/{i}" for i in range(1, 7)
+    ] + ["000000.9999/0"]
+    assert {v for k, v in found.items() if k.startswith("phantom_0000~2")} == {
+        ErrorClass.DUPLICATE_KEY
+    }
+
+
+def test_sharding_refuses_what_it_cannot_read(tmp_path):
+    import os
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(PICTURE)
+    os.symlink("nowhere", tmp_path / "in" / "b.png")
+    with pytest.raises(SourceError, match="UnreadableFile"):
+        write_shards(open_here(tmp_path / "in"), str(tmp_path / "out"), "tar")
+
+
+def test_shards_of_an_interrupted_run_with_other_settings_are_not_mixed_in(
+    phantom_source, tmp_path, monkeypatch
+):
+    def stop(done, total, what):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(phantom_source, str(tmp_path / "s"), "tar", 40_000, stop)
+    with pytest.raises(ConfigError, match="not of these shards"):
+        write_shards(phantom_source, str(tmp_path / "s"), "tar", 90_000)
+    assert write_shards(phantom_source, str(tmp_path / "s"), "tar", 40_000).num_written > 0
+    assert len(read_all(open_here(tmp_path / "s"))) == 8
+
+
+def test_linked_folders_do_not_rename_cases(tmp_path):
+    import os
+
+    os.symlink("z", tmp_path / "a")
+    os.symlink(".", tmp_path / "loop")
+    for name in ("m", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(PICTURE)
+    (tmp_path / "far").mkdir()
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    (outside / "2.png").write_bytes(PICTURE)
+    os.symlink(outside, tmp_path / "far" / "link")
+    assert sorted(read_all(open_here(tmp_path))) == ["far/link/2.png", "m/1.png", "z/1.png"]

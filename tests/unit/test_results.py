@@ -394,3 +394,162 @@ def test_limit_takes_some_cases_and_the_rest_later(
     assert second.counts["cases"]["new"] == 5
     assert second.counts["cases"]["unchanged"] == 3
     assert second.computed_images == 30
+
+
+def test_old_nights_outlive_the_hundredth_commit(tmp_path):
+    """Delta writes a checkpoint then, and by default forgets what is older than 30 days."""
+    from deltalake import CommitProperties, Schema
+    from deltalake.transaction import create_table_with_add_actions
+
+    uri = str(tmp_path / "masks")
+    schema = Schema.from_arrow(results.table_schema("masks"))
+    create_table_with_add_actions(uri, schema, [], configuration=results._TABLE_CONFIGURATION)
+    for number in range(105):
+        for name in os.listdir(f"{uri}/_delta_log"):
+            os.utime(f"{uri}/_delta_log/{name}", (1, 1))
+        part = results.PartFile(
+            path=f"{number}.parquet", sha256="", size_bytes=1, num_rows=0, stats={"numRecords": 0}
+        )
+        DeltaTable(uri).create_write_transaction(
+            [results._add(part)], "append", schema, commit_properties=CommitProperties()
+        )
+    assert len(DeltaTable(uri, version=3).file_uris()) == 3
+    assert len(DeltaTable(uri).history()) == 106
+
+
+def test_a_passing_outage_does_not_stay_in_the_run(night, monkeypatch, config):
+    from pipeline.formats import source as reading
+
+    night.change(0)
+    hidden = reading.storage.file_info
+
+    def gone(uri):
+        return None if uri.startswith(str(night.source)) else hidden(uri)
+
+    monkeypatch.setattr(reading.storage, "file_info", gone)
+    with pytest.raises(TooManyBadImages, match="6 ChangedDuringRun"):
+        night.run(config=config(max_bad_share=0.01))
+    monkeypatch.undo()
+    again = night.run(config=config(max_bad_share=0.01))
+    assert (again.resumed, again.night) == (True, 1)
+    assert again.counts["images"]["bad"] == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_part_that_was_lost_is_computed_again(night, monkeypatch, damage):
+    night.change(0)
+    from pipeline.flows import segment
+
+    monkeypatch.setattr(
+        segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        night.run()
+    monkeypatch.undo()
+    published = set(results.open_night(night.out).paths("masks"))
+    folder = os.path.join(night.out, "masks")
+    (staged,) = {os.path.join(folder, n) for n in os.listdir(folder) if n.endswith("t")} - published
+    if damage == "missing":
+        os.unlink(staged)
+    else:
+        size = os.path.getsize(staged)
+        with open(staged, "r+b") as file:
+            file.write(b"\0" * size)
+        with pytest.raises(VerificationError, match="computes them again"):
+            night.run()
+    assert night.run().night == 1
+    assert night.run().computed_images == 0
+
+
+def test_a_run_of_another_source_is_not_finished(night, tmp_path, config, segment_here):
+    night.change(0)
+    night.run(run_id="r")
+    with pytest.raises(ConfigError, match="run r is of the source"):
+        segment_here(str(tmp_path / "none"), night.out, night.bundle, config(), run_id="r")
+
+
+def test_naming_the_detected_format_computes_nothing(night, config):
+    assert night.run(config=config(source__format="folder")).computed_images == 0
+
+
+def test_an_unreadable_reference_keeps_the_prediction(night, read_rows, config):
+    path = night.source / "phantom_0002" / "phantom_0002_2_mask.png"
+    path.unlink()
+    path.symlink_to("nowhere")
+    night.run(config=config(max_bad_share=0.5))
+    (row,) = [r for r in read_rows(night.out, "masks") if r["image_id"] == "phantom_0002/2"]
+    assert (row["status"], row["error_class"]) == ("bad_reference", "BadMask")
+    assert row["mask"] is not None
+
+
+def test_names_that_are_not_utf8_are_published(
+    tmp_path, demo_bundle, config, segment_here, read_digests
+):
+    from pipeline.synthetic import encode_png, make_phantom
+
+    data = encode_png(make_phantom(0).volume_ZHW[5])
+    (tmp_path / "source").mkdir()
+    for name in (b"a\xff.png", b"b.png"):
+        with open(str(tmp_path / "source").encode() + b"/" + name, "wb") as file:
+            file.write(data)
+    segment_here(str(tmp_path / "source"), str(tmp_path / "r"), demo_bundle, config(patterns=False))
+    assert set(read_digests(tmp_path / "r")) == {"a\\xff.png/0", "b.png/0"}
+
+
+def _write_shard(path, rows):
+    import pyarrow as pa
+
+    from pipeline.formats.parquet import CASE_SCHEMA
+    from pipeline.synthetic import encode_png, make_phantom
+
+    image = encode_png(make_phantom(0).volume_ZHW[5])
+    full = [{"slice_names": ["0"], "images": [image], **row} for row in rows]
+    pq.write_table(pa.Table.from_pylist(full, schema=CASE_SCHEMA), path)
+
+
+def test_a_duplicate_heals_when_its_twin_goes(
+    tmp_path, demo_bundle, config, segment_here, read_rows
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    arguments = (str(source), str(tmp_path / "r"), demo_bundle, config(False, max_bad_share=1.0))
+    _write_shard(source / "s1.parquet", [{"case_id": "a"}, {"case_id": "b"}])
+    _write_shard(source / "s2.parquet", [{"case_id": "a"}, {"case_id": "c"}])
+    segment_here(*arguments)
+    statuses = [row["error_class"] for row in read_rows(tmp_path / "r", "masks")]
+    assert sorted(map(str, statuses)) == ["DuplicateKey", "None", "None", "None"]
+    assert segment_here(*arguments).computed_images == 0
+    _write_shard(source / "s1.parquet", [{"case_id": "b"}])
+    segment_here(*arguments)
+    found = {row["case_id"]: row["status"] for row in read_rows(tmp_path / "r", "masks")}
+    assert found == {"a": "ok", "b": "ok", "c": "ok"}
+
+
+def test_a_wrong_spacing_costs_its_case(tmp_path, demo_bundle, config, segment_here, read_rows):
+    source = tmp_path / "source"
+    source.mkdir()
+    wrong = [[0.5], [float("nan"), 1.0], [-1.0, 1.0, 1.0], [1.0, None]]
+    rows = [{"case_id": f"w{i}", "spacing_mm": s} for i, s in enumerate(wrong)]
+    _write_shard(source / "s.parquet", [*rows, {"case_id": "good", "spacing_mm": [3.0, 1.0, 1.0]}])
+    segment_here(str(source), str(tmp_path / "r"), demo_bundle, config(False, max_bad_share=1.0))
+    found = {row["case_id"]: row["error_class"] for row in read_rows(tmp_path / "r", "masks")}
+    assert found.pop("good") is None
+    assert set(found.values()) == {"SchemaMismatch"}
+
+
+def test_bad_rows_that_are_copied_count_once(tmp_path, demo_bundle, config, segment_here):
+    from pipeline.synthetic import encode_png, make_phantom
+
+    source = tmp_path / "source"
+    source.mkdir()
+    for index in range(64):
+        (source / f"{index}.png").write_bytes(encode_png(make_phantom(0).volume_ZHW[index % 12]))
+    (source / "bad.png").write_bytes(b"junk")
+    arguments = (str(source), str(tmp_path / "r"), demo_bundle, config(patterns=False))
+    first = segment_here(*arguments)
+    assert first.counts["images"]["bad"] == first.counts["cases"]["bad"] == 1
+    for index in range(64):
+        (source / f"{index}.png").write_bytes(encode_png(make_phantom(1).volume_ZHW[index % 12]))
+    second = segment_here(*arguments)
+    assert second.computed_images == 64
+    assert second.counts["images"]["bad"] == second.counts["cases"]["bad"] == 1
