@@ -38,12 +38,15 @@ def list_shards(source: Source) -> Listing:
     return Listing(shards=shards, ignored=tuple(map(printable, ignored)), num_buckets=num_buckets)
 
 
-_IMAGES_PER_BUCKET, _BYTES_PER_BUCKET = 256, 64 << 20
+_IMAGES_PER_BUCKET, _BYTES_PER_BUCKET = 64, 32 << 20
 _MIN_BUCKETS, _MAX_BUCKETS = 16, 65536
 
 
 def _choose_buckets(cases: list[CaseRef]) -> int:
-    """A power of two: some 256 images or 64 MiB a bucket, with room for an archive to grow."""
+    """A power of two: some 64 images or 32 MiB a bucket.
+
+    A bucket is what one actor takes at a time: the smaller, the less the others wait for the last.
+    """
     images = sum(len(case.slices) for case in cases)
     size_bytes = sum(case.size_bytes for case in cases)
     wanted = max(images / _IMAGES_PER_BUCKET, size_bytes / _BYTES_PER_BUCKET)
