@@ -88,7 +88,7 @@ class InferenceConfig:
     batch_size: int = 32
     """Slices handed to the network at once; padded to whole forward passes."""
     forward_batch: int = 0
-    """Slices of one forward pass, always exactly this many; 0: 4 on CPU, 16 on a GPU."""
+    """Slices of one forward pass, always exactly this many; 0: 2 on CPU, 16 on a GPU."""
     threads: int = 0
     """CPU threads of one actor; 0: one, so that bits do not depend on the number of actors."""
 

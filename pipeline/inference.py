@@ -36,7 +36,7 @@ from pipeline.transforms.preprocess import (
 
 _log = logging.getLogger("reseg.inference")
 
-_FORWARD_BATCH = {"cpu": 4, "cuda": 16}
+_FORWARD_BATCH = {"cpu": 2, "cuda": 16}
 _FLIPS: tuple[tuple[int, ...], ...] = ((-1,), (-2,), (-2, -1))
 
 

@@ -161,7 +161,7 @@ def test_a_night_from_the_command_line(reseg, own_phantoms, demo_bundle, tmp_pat
     lineage = json.loads(call(reseg, "explain", out, "phantom_0003/4", "--json").stdout)
     assert lineage["computed_by"]["bundle"]["name"] == "demo-phantom"
     assert lineage["image"]["input_sha256"]
-    assert lineage["image"]["numerics"].startswith("cpu-fp32-b4-t1-torch")
+    assert lineage["image"]["numerics"].startswith("cpu-fp32-b2-t1-torch")
     assert "input_sha256" in call(reseg, "explain", out, "phantom_0003/4").stdout
     shown = call(reseg, "show", out, "phantom_0003/4", "-o", tmp_path / "o.png")
     assert shown.returncode == 0, shown.stderr
