@@ -391,12 +391,15 @@ def put_receipt(results: str, run_id: str, receipt: Receipt) -> Receipt:
 
 
 def load_receipt(results: str, run_id: str, shard_id: str) -> Receipt | None:
-    """A shard's receipt, or None while it has none."""
+    """A shard's receipt, or None while it has none. Raises ResultsError if it is damaged."""
     try:
         data = storage.read(run_uri(results, run_id, "receipts", f"{shard_id}.json"))
     except FileNotFoundError:
         return None
-    return receipt_from_json(data)
+    try:
+        return receipt_from_json(data)
+    except (ValueError, KeyError, TypeError):
+        raise ResultsError(f"the receipt of {shard_id} in run {run_id} is damaged") from None
 
 
 def withdraw_receipt(results: str, run_id: str, shard_id: str) -> None:
@@ -411,37 +414,40 @@ def load_receipts(results: str, plan: RunPlan) -> dict[str, Receipt]:
     withdrawn: their shards are computed again.
     """
     keys = plan.work_keys()
+
+    def load(shard_id: str) -> Receipt | None:
+        receipt = _load_reliable(results, plan.run_id, shard_id, keys[shard_id])
+        if receipt is None:
+            withdraw_receipt(results, plan.run_id, shard_id)
+        return receipt
+
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda shard: load_receipt(results, plan.run_id, shard), keys)
-        kept: dict[str, Receipt] = {}
-        for receipt in found:
-            if receipt is None:
-                continue
-            if _is_reliable(results, receipt, keys[receipt.shard_id]):
-                kept[receipt.shard_id] = receipt
-            else:
-                withdraw_receipt(results, plan.run_id, receipt.shard_id)
-        return kept
+        return {item.shard_id: item for item in pool.map(load, keys) if item is not None}
 
 
-def _is_reliable(results: str, receipt: Receipt, work_key: str) -> bool:
-    if receipt.work_key != work_key or receipt.num_to_retry:
-        return False
+def _load_reliable(results: str, run_id: str, shard_id: str, work_key: str) -> Receipt | None:
+    """A receipt for exactly this work, whole, with its parts, and without passing failures."""
+    try:
+        receipt = load_receipt(results, run_id, shard_id)
+    except ResultsError:
+        return None
+    if receipt is None or receipt.work_key != work_key or receipt.num_to_retry:
+        return None
     for table in TABLES:
         part: PartFile | None = getattr(receipt, table)
         if part is not None:
             info = storage.file_info(storage.join(results, table, part.path))
             if info is None or info.size != part.size_bytes:
-                return False
-    return True
+                return None
+    return receipt
 
 
 def adopt_receipts(results: str, plan: RunPlan, abandoned: str) -> int:
     """Take over from an unfinished run the shards whose work is still exactly the same."""
     adopted = 0
     for shard_id, key in plan.work_keys().items():
-        receipt = load_receipt(results, abandoned, shard_id)
-        if receipt is not None and _is_reliable(results, receipt, key):
+        receipt = _load_reliable(results, abandoned, shard_id, key)
+        if receipt is not None:
             put_receipt(results, plan.run_id, receipt)
             adopted += 1
     return adopted

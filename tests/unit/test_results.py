@@ -435,8 +435,8 @@ def test_a_passing_outage_does_not_stay_in_the_run(night, monkeypatch, config):
     assert again.counts["images"]["bad"] == 0
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped"])
-def test_a_part_that_was_lost_is_computed_again(night, monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["missing", "flipped", "receipt"])
+def test_what_was_lost_of_a_stopped_run_is_computed_again(night, monkeypatch, damage):
     night.change(0)
     from pipeline.flows import segment
 
@@ -451,6 +451,11 @@ def test_a_part_that_was_lost_is_computed_again(night, monkeypatch, damage):
     (staged,) = {os.path.join(folder, n) for n in os.listdir(folder) if n.endswith("t")} - published
     if damage == "missing":
         os.unlink(staged)
+    elif damage == "receipt":
+        (run_id,) = results.open_runs(night.out)
+        folder = os.path.join(night.out, "_runs", run_id, "receipts")
+        for name in os.listdir(folder):
+            storage.write(os.path.join(folder, name), b'{"shard_id": "x"}')
     else:
         size = os.path.getsize(staged)
         with open(staged, "r+b") as file:
