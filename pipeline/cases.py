@@ -345,7 +345,7 @@ def finish_case(case: PredictedCase, recipe: Recipe, label_names: Sequence[str])
     """Shapes, the way back to native pixels, and all measures of one case."""
     masks_ZHW = confidence_ZHW = None
     if case.labels_ZHW is not None:
-        masks_ZHW, confidence_ZHW = _native_maps(case, recipe)
+        masks_ZHW, confidence_ZHW = native_maps(case, recipe)
     decoded = case.decoded
     mask_rows: list[dict[str, Any]] = []
     metric_rows: list[dict[str, Any]] = []
@@ -377,7 +377,7 @@ def finish_case(case: PredictedCase, recipe: Recipe, label_names: Sequence[str])
     return CaseRows(masks=mask_rows, metrics=metric_rows, cases=case_rows)
 
 
-def _native_maps(case: PredictedCase, recipe: Recipe) -> tuple[Labels, Labels | None]:
+def native_maps(case: PredictedCase, recipe: Recipe) -> tuple[Labels, Labels | None]:
     """Label map and confidence in native pixels, shapes applied where the recipe has them."""
     labels, confidence = case.labels_ZHW, case.confidence_ZHW
     assert labels is not None

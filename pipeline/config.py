@@ -138,6 +138,322 @@ class SegmentConfig:
             raise ConfigError(f"max_bad_share must be between 0 and 1, not {self.max_bad_share}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitConfig:
+    """Who trains, who judges: whole patients, by hash of the patient, or by name."""
+
+    patient: str = "{patient}"
+    """Which part of a case id is the patient, as `{patient}_*`; as much as fits is taken."""
+    validation: float = 0.2
+    test: float = 0.0
+    """Shares of patients; test patients are neither trained on nor looked at."""
+    folds: int = 0
+    fold: int = 0
+    """With folds > 0 the patients of fold number `fold` (from 0) validate, all others train."""
+    validation_patients: tuple[str, ...] = ()
+    test_patients: tuple[str, ...] = ()
+    """Patients by name; where given, they replace the share."""
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1
+        ):
+            raise ConfigError(
+                f"split.validation {self.validation} and split.test {self.test} are shares of the "
+                "patients and leave nothing to train on"
+            )
+        if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):
+            raise ConfigError(
+                f"split.fold {self.fold} of split.folds {self.folds}: at least 2 folds, counted from 0"
+            )
+        if self.folds and self.validation_patients:
+            raise ConfigError("split.folds and split.validation_patients exclude each other")
+        if self.patient.count("{patient}") != 1:
+            raise ConfigError(
+                f"split.patient {self.patient!r} has no {{patient}}, or more than one"
+            )
+        both = sorted(set(self.validation_patients) & set(self.test_patients))
+        if both:
+            raise ConfigError(f"patient {both[0]!r} is in validation_patients and in test_patients")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The network to train, from scratch or from a bundle's weights."""
+
+    architecture: str = ""
+    """Empty: the one of `init`, else unet."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the architecture; channels follow from the recipe, the labels and the images."""
+    init: str = ""
+    """A bundle whose weights training starts from; with other labels the head starts anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeConfig:
+    """What happens to a volume before and after the network; goes into the bundle as it is."""
+
+    ready: str = ""
+    """Name of a ready recipe; empty: that of `model.init`, else `zscore`."""
+    side: int = 0
+    """Height and width that the recipe's resize step makes instead of its own; 0: its own."""
+    preprocess: tuple[Mapping[str, Any], ...] = ()
+    postprocess: tuple[Mapping[str, Any], ...] = ()
+    """Steps in full, instead of those of the ready recipe."""
+
+    def __post_init__(self) -> None:
+        if self.side < 0:
+            raise ConfigError(f"recipe.side cannot be negative, it is {self.side}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """Which slices make an epoch, and in which order."""
+
+    by: Literal["uniform", "foreground"] = "uniform"
+    """uniform: each slice once; foreground: drawn, patients evenly, slices by lesion area."""
+    slices_per_epoch: int = 0
+    """0: as many as there are."""
+    patch: int = 0
+    """Side of random square crops; 0: whole slices, which must then be of one size."""
+    cache_bytes: int = 4 << 30
+    """Memory for decoded volumes in each worker; slices are shuffled among those that fit."""
+
+    def __post_init__(self) -> None:
+        if self.slices_per_epoch < 0 or self.patch < 0 or self.cache_bytes < 1:
+            raise ConfigError(
+                "sampling.slices_per_epoch and patch cannot be negative, cache_bytes is above 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentConfig:
+    """Ranges of random changes; 0 turns one off. Geometry always, intensity by `probability`."""
+
+    flip_horizontal: float = 0.5
+    flip_vertical: float = 0.0
+    """Probabilities."""
+    rotation_deg: float = 15.0
+    scale: float = 0.05
+    """A factor between 1 - scale and 1 + scale."""
+    shift: float = 0.0
+    """Share of the side."""
+    elastic_px: float = 0.0
+    """Standard deviation of the displacement at the knots of a coarse grid."""
+    elastic_knots: int = 6
+    gamma: float = 0.0
+    """The exponent is between exp(-gamma) and exp(gamma)."""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+    """Greatest standard deviation; images have one of about 1 after a z-score."""
+    blur_px: float = 0.0
+    """Greatest sigma."""
+    probability: float = 0.3
+    """Of each intensity change, for each image."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if not 0 <= getattr(self, item.name) < 1e4:
+                raise ConfigError(f"augment.{item.name} cannot be {getattr(self, item.name)}")
+        if max(self.flip_horizontal, self.flip_vertical, self.probability) > 1:
+            raise ConfigError("augment: flips and probability are probabilities, at most 1")
+        if self.scale >= 1 or self.contrast >= 1 or self.shift >= 1 or self.rotation_deg > 180:
+            raise ConfigError("augment: scale, contrast and shift are below 1, rotation up to 180")
+        if self.elastic_knots < 3:
+            raise ConfigError(f"augment.elastic_knots is at least 3, not {self.elastic_knots}")
+
+
+LossTerm = Literal["cross_entropy", "bce", "dice", "focal", "tversky", "boundary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """A weighted sum of losses; formulas and sources in `pipeline/losses.py`."""
+
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Weights by name; empty: dice = 1 and, by the recipe's activation, bce or cross_entropy = 1."""
+    class_weights: tuple[float, ...] = ()
+    """Of background, label 1, label 2, …, for cross_entropy and boundary; empty: equal."""
+    dice_over: Literal["batch", "image"] = "batch"
+    smooth: float = 1.0
+    focal_gamma: float = 2.0
+    tversky_alpha: float = 0.3
+    tversky_beta: float = 0.7
+    """Weights of false positives and of false negatives."""
+    boundary_weight: float = 10.0
+    boundary_sigma_px: float = 5.0
+
+    def __post_init__(self) -> None:
+        known = typing.get_args(LossTerm)
+        for name, weight in self.terms.items():
+            if name not in known:
+                raise ConfigError(
+                    f"[loss.terms] unknown loss {name!r}; known are: {', '.join(known)}"
+                )
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"[loss.terms] {name} = {weight} is not a weight")
+        if self.terms and not any(self.terms.values()):
+            raise ConfigError("[loss.terms] all weights are 0")
+        if any(not 0 <= weight < math.inf for weight in self.class_weights):
+            raise ConfigError(f"loss.class_weights {list(self.class_weights)} are not weights")
+        if self.boundary_sigma_px <= 0 or self.smooth < 0:
+            raise ConfigError("loss.boundary_sigma_px is above 0, loss.smooth is not negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.99
+    """Of sgd, in Nesterov's form."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    accumulate: int = 1
+    """Forward passes that a worker's share of a batch is cut into."""
+    ema: float = 0.99
+    """Decay of the averaged weights, which are validated and exported; 0: no averaging."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf or self.weight_decay < 0 or self.clip_norm < 0:
+            raise ConfigError(
+                "optimizer: lr is above 0, weight_decay and clip_norm are not negative"
+            )
+        if not 0 <= self.momentum < 1 or not 0 <= self.ema < 1:
+            raise ConfigError("optimizer: momentum and ema are in [0, 1)")
+        if self.accumulate < 1:
+            raise ConfigError(f"optimizer.accumulate is at least 1, not {self.accumulate}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate changes: a warm-up, then one of four courses."""
+
+    name: Literal["constant", "cosine", "poly", "plateau"] = "cosine"
+    warmup_steps: int = 50
+    final_share: float = 0.01
+    """Of lr, at the end of cosine and poly, and the least of plateau."""
+    power: float = 0.9
+    """Of poly: (1 - progress) ^ power."""
+    patience: int = 5
+    factor: float = 0.5
+    """Of plateau: after `patience` validations without a better score lr is multiplied by this."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.patience < 1 or not 0 <= self.final_share <= 1:
+            raise ConfigError("schedule: warmup_steps >= 0, patience >= 1, final_share in [0, 1]")
+        if not 0 < self.factor < 1 or self.power <= 0:
+            raise ConfigError("schedule: factor is in (0, 1), power is above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsConfig:
+    """How the network is run while it learns."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    channels_last: bool = True
+    compile: bool = False
+    activation_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResourceConfig:
+    """Who computes. May differ when a training is taken up again."""
+
+    workers: int = 0
+    """0: one a GPU, or one on CPUs."""
+    min_workers: int = 0
+    """Go on with as few as this when machines are lost; 0: always `workers`."""
+    threads: int = 0
+    """CPU threads of one worker; 0: all cores, shared out among the workers of a machine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    readers: int = 2
+    """Decoding threads of each worker, each with a sandboxed decoder process."""
+    max_failures: int = 3
+    """How often workers may die before training ends; it can then still be resumed."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.threads < 0 or self.readers < 1 or self.max_failures < 0:
+            raise ConfigError("resources: workers, threads, max_failures >= 0, readers >= 1")
+        if self.min_workers < 0 or (self.workers and self.min_workers > self.workers):
+            raise ConfigError(
+                f"resources.min_workers {self.min_workers} is more than workers {self.workers}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Everything `reseg train` can be told."""
+
+    labels: tuple[str, ...] = ("foreground",)
+    """Names of the labels 1, 2, …; 0 is background."""
+    epochs: int = 50
+    batch_size: int = 16
+    """Slices of one update, over all workers."""
+    seed: int = 0
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    early_stop: int = 0
+    """Validations without a better score after which training ends; 0: never."""
+    checkpoint_steps: int = 0
+    """Updates between checkpoints within an epoch; 0: only at the end of each."""
+    calibrate_threshold: bool = False
+    """Choose the exported recipe's threshold by validation Dice."""
+    max_bad_share: float = 0.05
+    tensorboard: bool = False
+    source: SourceConfig = field(default_factory=SourceConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    resources: TrainResourceConfig = field(default_factory=TrainResourceConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.labels) <= 254 or len(set(self.labels)) < len(self.labels):
+            raise ConfigError(f"labels {list(self.labels)}: 1 to 254 different names")
+        for name in ("epochs", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if min(self.early_stop, self.checkpoint_steps, self.seed) < 0:
+            raise ConfigError("early_stop, checkpoint_steps and seed cannot be negative")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(f"max_bad_share must be between 0 and 1, not {self.max_bad_share}")
+        if self.loss.class_weights and len(self.loss.class_weights) != len(self.labels) + 1:
+            raise ConfigError(
+                f"loss.class_weights has {len(self.loss.class_weights)} weights; background and "
+                f"{len(self.labels)} labels need {len(self.labels) + 1}"
+            )
+
+
+_MAY_CHANGE = ("resources", "max_bad_share", "tensorboard")
+
+
+def training_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], where: str = ""
+) -> list[str]:
+    """What differs between two resolved training configurations and would change the weights."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        if not where and key in _MAY_CHANGE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += training_differences(old, new, f"{where}{key}.")
+        elif old != new:
+            found.append(f"{where}{key}: {old!r} there, {new!r} now")
+    return found
+
+
 _LAYOUT_ONLY = {
     "source": ("format",),
     "limits": ("decode_timeout_s", "decode_memory_bytes"),
@@ -202,6 +518,13 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _decode_union(hint, value, where)
+    if hint is Any:
+        return value
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a table, not {value!r}")
+        inner = typing.get_args(hint)[1]
+        return {key: _decode_value(inner, item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{where} is a list, not {value!r}")

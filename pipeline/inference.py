@@ -11,28 +11,27 @@ import math
 import os
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
 
 from pipeline.bundle import Bundle, load_model
 from pipeline.config import InferenceConfig, decode
 from pipeline.errors import BadImage, ErrorClass
 from pipeline.models import MODELS
+from pipeline.transforms import Recipe
 from pipeline.transforms.postprocess import Argmax, Sigmoid, Softmax, Threshold, ToNativeGrid
-from pipeline.transforms.preprocess import (
-    Context,
-    Trace,
-    apply_preprocess,
-    full_scale_of,
-)
+from pipeline.transforms.preprocess import Trace, run_preprocess
+
+T = TypeVar("T")
 
 _log = logging.getLogger("reseg.inference")
 
@@ -64,7 +63,14 @@ def choose_device(wanted: str) -> str:
 class Predictor:
     """A bundle's network on a device, ready to predict cases."""
 
-    def __init__(self, bundle: Bundle, config: InferenceConfig, device: str = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: InferenceConfig,
+        device: str = "auto",
+        model: nn.Module | None = None,
+    ) -> None:
+        """model: a network to use in place of the bundle's weights, as while it is trained."""
         self.bundle = bundle
         self.config = config
         self.device = torch.device(choose_device(device))
@@ -75,8 +81,8 @@ class Predictor:
         self._options: Any = decode(architecture.options, bundle.options, bundle.architecture)
         self._architecture = architecture
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model: Any = load_model(bundle).to(self.device)
-        self._model = model.to(memory_format=self._layout)
+        network: Any = (load_model(bundle) if model is None else model).to(self.device)
+        self._model = network.to(memory_format=self._layout)
 
     @property
     def numerics(self) -> str:
@@ -94,15 +100,30 @@ class Predictor:
 
         volumes: arrays ZHWC of uint8, uint16 or float32.
         """
-        waiting: deque[_Case | BadImage] = deque()
-        planes: dict[tuple[int, ...], list[tuple[_Case, int]]] = defaultdict(list)
+        for result in self.decide_each(self._prepared(volumes_ZHWC), self.decide):
+            yield result
+
+    def _prepared(
+        self, volumes_ZHWC: Iterable[npt.NDArray[Any]]
+    ) -> Iterator["PreparedCase | BadImage"]:
         for volume_ZHWC in volumes_ZHWC:
             try:
-                case = self._prepare(volume_ZHWC)
+                yield self.prepare(volume_ZHWC)
             except BadImage as error:
-                waiting.append(error)
-            else:
-                waiting.append(case)
+                yield error
+
+    def decide_each(
+        self, cases: Iterable["PreparedCase | BadImage"], decide: "Callable[[PreparedCase], T]"
+    ) -> "Iterator[T | BadImage]":
+        """What `decide` makes of each case once its logits are there, in order.
+
+        Slices of several cases share a batch; a BadImage is handed through in its place.
+        """
+        waiting: deque[PreparedCase | BadImage] = deque()
+        planes: dict[tuple[int, ...], list[tuple[PreparedCase, int]]] = defaultdict(list)
+        for case in cases:
+            waiting.append(case)
+            if isinstance(case, PreparedCase):
                 if self._is_windowed(case):
                     self._run_windows(case)
                 else:
@@ -110,9 +131,9 @@ class Predictor:
                         (case, z) for z in range(len(case.images_ZCHW))
                     ]
                 self._run_full(planes, at_least=self.config.batch_size)
-            yield from self._finished(waiting)
+            yield from _finished(waiting, decide)
         self._run_full(planes, at_least=1)
-        yield from self._finished(waiting)
+        yield from _finished(waiting, decide)
 
     def predict_logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Logits NKHW (float32) of any number of equal images, in forward passes of one shape."""
@@ -141,31 +162,30 @@ class Predictor:
         self.notes.append(note)
         _log.warning(note)
 
-    def _prepare(self, volume_ZHWC: npt.NDArray[Any]) -> "_Case":
-        """Run the recipe's first half on the device."""
-        full_scale = full_scale_of(volume_ZHWC.dtype)
-        if volume_ZHWC.dtype != np.uint8:
-            volume_ZHWC = volume_ZHWC.astype(np.float32)
-        volume: Any = volume_ZHWC  # on a CPU, NumPy multiplies float64 twice as fast as torch
-        if self.device.type != "cpu":
-            volume = torch.from_numpy(np.ascontiguousarray(volume_ZHWC)).to(self.device)
-        ready_ZHWC, trace = apply_preprocess(
-            volume, self.bundle.recipe.preprocess, Context(full_scale=full_scale)
+    def prepare(self, volume_ZHWC: npt.NDArray[Any]) -> "PreparedCase":
+        """Run the recipe's first half on the device. Raises BadImage if the case does not fit."""
+        # on a CPU, NumPy multiplies float64 twice as fast as torch
+        ready_ZHWC, trace = run_preprocess(
+            volume_ZHWC, self.bundle.recipe.preprocess, self._to_device
         )
         ready_ZHWC = torch.as_tensor(ready_ZHWC)
         wanted, _ = self._architecture.channels(self._options)
         if ready_ZHWC.shape[3] != wanted:
             message = f"the image has {ready_ZHWC.shape[3]} channels, the network takes {wanted}"
             raise BadImage(ErrorClass.CHANNEL_MISMATCH, message)
-        images_ZCHW = ready_ZHWC.permute(0, 3, 1, 2).to(torch.float32).contiguous()
         native = tuple(int(size) for size in volume_ZHWC.shape[:3])
-        return _Case(images_ZCHW, trace, native)
+        return PreparedCase(ready_ZHWC, trace, native)
 
-    def _is_windowed(self, case: "_Case") -> bool:
+    def _to_device(self, volume_ZHWC: npt.NDArray[Any]) -> Any:
+        if self.device.type == "cpu":
+            return volume_ZHWC
+        return torch.from_numpy(np.ascontiguousarray(volume_ZHWC)).to(self.device)
+
+    def _is_windowed(self, case: "PreparedCase") -> bool:
         return 0 < self.config.window < max(case.images_ZCHW.shape[2:])
 
     def _run_full(
-        self, planes: dict[tuple[int, ...], list[tuple["_Case", int]]], at_least: int
+        self, planes: dict[tuple[int, ...], list[tuple["PreparedCase", int]]], at_least: int
     ) -> None:
         """Predict the slices that wait, by size, where enough of one size have come together."""
         for shape, members in planes.items():
@@ -188,7 +208,7 @@ class Predictor:
             images_NCHW = functional.pad(images_NCHW, [left, right, top, bottom])
         return self.predict_logits(images_NCHW)[..., :height, :width]
 
-    def _run_windows(self, case: "_Case") -> None:
+    def _run_windows(self, case: "PreparedCase") -> None:
         """Predict each slice in overlapping windows, blended by a Gaussian, in fixed order."""
         height, width = case.images_ZCHW.shape[2:]
         size = (min(self.config.window, height), min(self.config.window, width))
@@ -224,19 +244,11 @@ class Predictor:
                 total = total + self._model(images_NCHW.flip(axes)).float().flip(axes)
             return total / (1 + len(flips)) if flips else total
 
-    def _finished(self, waiting: "deque[_Case | BadImage]") -> Iterator[Prediction | BadImage]:
-        while waiting:
-            case = waiting[0]
-            if isinstance(case, _Case):
-                if len(case.logits) < len(case.images_ZCHW):
-                    return
-                yield self._decide(case)
-            else:
-                yield case
-            waiting.popleft()
+    def decide(self, case: "PreparedCase", recipe: Recipe | None = None) -> Prediction:
+        """Activation and decision on the device; only labels and confidence leave it.
 
-    def _decide(self, case: "_Case") -> Prediction:
-        """Activation and decision on the device; only labels and confidence leave it."""
+        recipe: another one than the bundle's, of which only the second half is used.
+        """
         logits_ZKHW = torch.stack([case.logits[z] for z in range(len(case.images_ZCHW))])
         finite_Z = torch.isfinite(logits_ZKHW).flatten(1).all(1)
         trace = case.trace
@@ -244,7 +256,7 @@ class Predictor:
         labels: torch.Tensor | None = None
         confidence = torch.zeros(0)
         background = 0
-        for step in self.bundle.recipe.postprocess:
+        for step in (recipe or self.bundle.recipe).postprocess:
             if isinstance(step, ToNativeGrid) and labels is None:
                 values, finite_Z = _to_native(values, finite_Z, trace, case.native)
                 trace = ()
@@ -268,16 +280,34 @@ class Predictor:
 
 
 @dataclass(slots=True, eq=False)
-class _Case:
-    """A case on its way through the network."""
+class PreparedCase:
+    """A case on its way through the network: its input, and the logits of slices so far."""
 
     images_ZCHW: torch.Tensor
     trace: Trace
     native: tuple[int, ...]
     logits: dict[int, torch.Tensor]
 
-    def __init__(self, images_ZCHW: torch.Tensor, trace: Trace, native: tuple[int, ...]) -> None:
-        self.images_ZCHW, self.trace, self.native, self.logits = images_ZCHW, trace, native, {}
+    def __init__(self, ready_ZHWC: torch.Tensor, trace: Trace, native: tuple[int, ...]) -> None:
+        self.images_ZCHW = ready_ZHWC.permute(0, 3, 1, 2).to(torch.float32).contiguous()
+        self.trace, self.native, self.logits = trace, native, {}
+
+
+def _finished(
+    waiting: deque[PreparedCase | BadImage], decide: Callable[[PreparedCase], T]
+) -> Iterator[T | BadImage]:
+    """Take from the front of the line what is complete."""
+    while waiting:
+        case = waiting[0]
+        if isinstance(case, BadImage):
+            yield case
+        elif len(case.logits) < len(case.images_ZCHW):
+            return
+        else:
+            result = decide(case)
+            case.logits.clear()
+            yield result
+        waiting.popleft()
 
 
 def _choose(values_ZKHW: torch.Tensor, at: float | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ volume and the geometry it changed, as entries of a `Trace`; `to_native` walks a
 Statistics and interpolation are in float64: the published goldens ask for 1e-6.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -85,6 +85,37 @@ def apply_preprocess(
             message = f"nothing is left of {before} after {type(step).__name__}"
             raise BadImage(ErrorClass.IMAGE_TOO_SMALL, message)
     return volume_ZHWC, tuple(trace)
+
+
+def run_preprocess(
+    volume_ZHWC: npt.NDArray[Any],
+    steps: Sequence[Any],
+    to_device: Callable[[npt.NDArray[Any]], Array] = lambda volume: volume,
+) -> tuple[Array, Trace]:
+    """A decoded volume (uint8, uint16 or float32) on the network's grid; the one way there.
+
+    Training and inference both come through here, so they cannot disagree. to_device: puts the
+    pixels where the steps shall run. Raises BadImage where the volume cannot fit the recipe.
+    """
+    full_scale = full_scale_of(volume_ZHWC.dtype)
+    if volume_ZHWC.dtype != np.uint8:
+        volume_ZHWC = volume_ZHWC.astype(np.float32)
+    return apply_preprocess(to_device(volume_ZHWC), steps, Context(full_scale=full_scale))
+
+
+def to_network(labels_ZHW: npt.NDArray[Any], trace: Trace) -> npt.NDArray[Any]:
+    """Bring a label map along the trace to the network's grid: nearest for resizes, 0 outside."""
+    for move in trace:
+        if move.kind == "resize":
+            rows = _nearest_resize(move.before[1], move.after[1])
+            columns = _nearest_resize(move.before[2], move.after[2])
+            labels_ZHW = labels_ZHW[:, rows][:, :, columns]
+        else:
+            target, source = _overlap(move)
+            moved = np.zeros(move.after, labels_ZHW.dtype)
+            moved[source] = labels_ZHW[target]
+            labels_ZHW = moved
+    return np.ascontiguousarray(labels_ZHW)
 
 
 def to_native(labels_ZHW: npt.NDArray[Any], trace: Trace) -> npt.NDArray[Any]:
