@@ -261,7 +261,7 @@ def import_weights(
             architecture="unet",
             options=answer["options"],
             labels=labels or _default_labels(layout, answer["options"]["out_channels"]),
-            recipe=_fitting_recipe(recipe or _DEFAULT_RECIPES[layout], answer["options"]),
+            recipe=ready_recipe(recipe or _DEFAULT_RECIPES[layout], **_channels(answer["options"])),
             weights=Path(folder, WEIGHTS_FILE).read_bytes(),
             provenance={
                 "imported_from": layout,
@@ -281,16 +281,23 @@ def _default_labels(layout: str, out_channels: int) -> list[str]:
     return ["foreground"] if count == 1 else [f"label_{i}" for i in range(1, count + 1)]
 
 
-def _fitting_recipe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A ready recipe with the network's channels, and the activation that its outputs need."""
+def _channels(options: Mapping[str, Any]) -> dict[str, int]:
+    return {key: options[key] for key in ("in_channels", "out_channels")}
+
+
+def ready_recipe(name: str, in_channels: int, out_channels: int) -> dict[str, Any]:
+    """A ready recipe with the network's channels, and the activation that its outputs need.
+
+    Raises BundleError for an unknown name.
+    """
     if name not in READY_RECIPES:
         raise BundleError(f"unknown recipe {name!r}; known are: {', '.join(READY_RECIPES)}")
     ready = READY_RECIPES[name]
     before = [
-        {**step, "count": options["in_channels"]} if step["step"] == "to_channels" else step
+        {**step, "count": in_channels} if step["step"] == "to_channels" else step
         for step in ready["preprocess"]
     ]
-    one = options["out_channels"] == 1
+    one = out_channels == 1
     decisions = {
         "sigmoid": "sigmoid" if one else "softmax",
         "softmax": "sigmoid" if one else "softmax",

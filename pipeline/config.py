@@ -264,6 +264,9 @@ class AugmentConfig:
             raise ConfigError(f"augment.elastic_knots is at least 3, not {self.elastic_knots}")
 
 
+Activation = Literal["sigmoid", "softmax"]
+"""What a recipe makes of logits: one probability a label, or one of background and labels."""
+
 LossTerm = Literal["cross_entropy", "bce", "dice", "focal", "tversky", "boundary"]
 
 
@@ -299,6 +302,23 @@ class LossConfig:
             raise ConfigError(f"loss.class_weights {list(self.class_weights)} are not weights")
         if self.boundary_sigma_px <= 0 or self.smooth < 0:
             raise ConfigError("loss.boundary_sigma_px is above 0, loss.smooth is not negative")
+
+
+def loss_terms(config: LossConfig, activation: Activation) -> dict[str, float]:
+    """The weights of the terms in use. Raises ConfigError for one that the activation excludes."""
+    entropy = "cross_entropy" if activation == "softmax" else "bce"
+    terms = {k: v for k, v in config.terms.items() if v} or {"dice": 1.0, entropy: 1.0}
+    other = "bce" if activation == "softmax" else "cross_entropy"
+    if other in terms:
+        raise ConfigError(
+            f"[loss.terms] {other} does not go with a recipe that ends in {activation}: "
+            f"take {entropy}, or another recipe"
+        )
+    if config.class_weights and not terms.keys() & {"cross_entropy", "boundary"}:
+        raise ConfigError("loss.class_weights: no term of the loss uses them")
+    if config.class_weights and activation == "sigmoid":
+        raise ConfigError("loss.class_weights need a recipe that ends in softmax")
+    return terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -505,31 +525,42 @@ def decode(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def _decode_value(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is a table, not {value!r}")
-        return decode(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool) != any(
-            isinstance(choice, bool) for choice in choices if choice == value
-        ):
-            raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(repr, choices))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(hint, value, where)
     if hint is Any:
         return value
+    if dataclasses.is_dataclass(hint):
+        return decode(typing.cast(type, hint), _table(value, where), where)
+    if origin is Literal:
+        return _decode_choice(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(hint, value, where)
     if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is a table, not {value!r}")
         inner = typing.get_args(hint)[1]
-        return {key: _decode_value(inner, item, f"{where}.{key}") for key, item in value.items()}
+        items = _table(value, where).items()
+        return {key: _decode_value(inner, item, f"{where}.{key}") for key, item in items}
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{where} is a list, not {value!r}")
         inner = typing.get_args(hint)[0]
         return tuple(_decode_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    return _decode_plain(hint, value, where)
+
+
+def _table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is a table, not {value!r}")
+    return value
+
+
+def _decode_choice(hint: Any, value: Any, where: str) -> Any:
+    choices = typing.get_args(hint)
+    if value not in choices or isinstance(value, bool) != any(
+        isinstance(choice, bool) for choice in choices if choice == value
+    ):
+        raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _decode_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(hint, type) or type(value) is not hint:

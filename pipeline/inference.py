@@ -100,8 +100,7 @@ class Predictor:
 
         volumes: arrays ZHWC of uint8, uint16 or float32.
         """
-        for result in self.decide_each(self._prepared(volumes_ZHWC), self.decide):
-            yield result
+        return self.decide_each(self._prepared(volumes_ZHWC), self.decide)
 
     def _prepared(
         self, volumes_ZHWC: Iterable[npt.NDArray[Any]]

@@ -233,7 +233,6 @@ def _crop(
 ) -> npt.NDArray[Any]:
     """A square window of the first two axes; what lies outside is `fill`."""
     top, left = (int(value) for value in corner)
-    height, width = array.shape[:2]
     inside = array[max(0, top) : top + side, max(0, left) : left + side]
     if inside.shape[:2] == (side, side):
         return inside

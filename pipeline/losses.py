@@ -16,13 +16,10 @@ import torch
 from scipy import ndimage
 from torch.nn import functional
 
-from pipeline.config import LossConfig
-from pipeline.errors import ConfigError
+from pipeline.config import Activation, LossConfig, loss_terms
 
 IGNORED = 255
 """The label of pixels that no loss sees: padding, and slices whose reference cannot be used."""
-
-Activation = Literal["sigmoid", "softmax"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(logits_NKHW, target_NHW, boundary weights NHW or None) to a scalar."""
@@ -196,29 +193,12 @@ def boundary_weights(
     return weights_HW
 
 
-def loss_terms(config: LossConfig, activation: Activation) -> dict[str, float]:
-    """The weights of the terms in use. Raises ConfigError for one that the activation excludes."""
-    entropy = "cross_entropy" if activation == "softmax" else "bce"
-    terms = {k: v for k, v in config.terms.items() if v} or {"dice": 1.0, entropy: 1.0}
-    other = "bce" if activation == "softmax" else "cross_entropy"
-    if other in terms:
-        raise ConfigError(
-            f"[loss.terms] {other} does not go with a recipe that ends in {activation}: "
-            f"take {entropy}, or another recipe"
-        )
-    if config.class_weights and not terms.keys() & {"cross_entropy", "boundary"}:
-        raise ConfigError("loss.class_weights: no term of the loss uses them")
-    if config.class_weights and activation == "sigmoid":
-        raise ConfigError("loss.class_weights need a recipe that ends in softmax")
-    return terms
-
-
 def make_loss(config: LossConfig, activation: Activation) -> Loss:
     """The configured sum as one function. Raises ConfigError for terms that do not fit."""
     terms = loss_terms(config, activation)
     weights = torch.tensor(config.class_weights) if config.class_weights else None
 
-    def class_weights_K(logits: torch.Tensor) -> torch.Tensor | None:
+    def balance(logits: torch.Tensor) -> torch.Tensor | None:
         return None if weights is None else weights.to(logits.device)
 
     def boundary(
@@ -226,10 +206,10 @@ def make_loss(config: LossConfig, activation: Activation) -> Loss:
     ) -> torch.Tensor:
         if activation == "sigmoid":
             return binary_cross_entropy(logits, target, pixels)
-        return cross_entropy(logits, target, class_weights_K(logits), pixels)
+        return cross_entropy(logits, target, balance(logits), pixels)
 
     functions: dict[str, Loss] = {
-        "cross_entropy": lambda z, t, _: cross_entropy(z, t, class_weights_K(z)),
+        "cross_entropy": lambda z, t, _: cross_entropy(z, t, balance(z)),
         "bce": lambda z, t, _: binary_cross_entropy(z, t),
         "dice": lambda z, t, _: soft_dice(
             z, t, activation, over=config.dice_over, smooth=config.smooth

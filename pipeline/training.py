@@ -4,7 +4,6 @@ A worker that is alone needs no cluster: `run_worker(job)` trains, validates, wr
 and exports. Started again on the same folder it goes on where the newest good checkpoint is.
 """
 
-import io
 import json
 import math
 import time
@@ -14,8 +13,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -30,10 +27,9 @@ from pipeline.bundle import (
     load_model,
     save_bundle,
 )
-from pipeline.config import InferenceConfig, TrainConfig, digest_json
+from pipeline.config import InferenceConfig, loss_terms
 from pipeline.dataset import (
     IndexedCase,
-    IndexJob,
     Leg,
     ReadyCase,
     SlicePool,
@@ -46,16 +42,15 @@ from pipeline.dataset import (
     steps_per_epoch,
 )
 from pipeline.errors import ResegError, TooManyBadImages
-from pipeline.formats import Source
-from pipeline.inference import PreparedCase, Prediction, Predictor, choose_device, keep_freed_memory
+from pipeline.inference import Prediction, Predictor, PreparedCase, choose_device, keep_freed_memory
 from pipeline.learning import Learner, Ranks, learning_rate, validations_since_best, with_prefix
 from pipeline.loading import CaseReader, TrainCase, iter_batches, train_case, unlabelled_case
-from pipeline.losses import Activation, boundary_weights, loss_terms, make_loss
+from pipeline.losses import boundary_weights, make_loss
 from pipeline.planning import code_version
+from pipeline.preparation import BUNDLE_FOLDER, RESULT_FILE, TrainJob, read_index
 from pipeline.report import draw_curves, draw_sheet
 from pipeline.transforms import Recipe
 from pipeline.transforms.augment import sample_seeds
-from pipeline.transforms.postprocess import Sigmoid
 from pipeline.validation import (
     Reader,
     decided_cases,
@@ -66,7 +61,6 @@ from pipeline.validation import (
     validation_reader,
 )
 
-INDEX_FILE, RESULT_FILE, BUNDLE_FOLDER = "index.parquet", "result.json", "bundle"
 _CURVES_EVERY_S = 60.0
 _NUM_SAMPLES = 12
 
@@ -78,49 +72,6 @@ Tell = Callable[[Mapping[str, Any]], bool]
 
 class NonFiniteLoss(ResegError):
     """The loss or the gradients became NaN or infinite; nothing was updated with them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainJob:
-    """What every worker of a training knows."""
-
-    out: str
-    config: TrainConfig
-    source: Source
-    architecture: str
-    options: Mapping[str, Any]
-    recipe: Recipe
-    index_digest: str
-
-    @property
-    def activation(self) -> Activation:
-        """What the recipe makes of logits."""
-        steps = self.recipe.postprocess
-        return "sigmoid" if any(isinstance(step, Sigmoid) for step in steps) else "softmax"
-
-    @property
-    def index_job(self) -> IndexJob:
-        """How a case gets to the network's grid."""
-        return IndexJob(
-            source=self.source,
-            recipe=self.recipe,
-            num_labels=len(self.config.labels),
-            channels=self.options["in_channels"],
-        )
-
-    @property
-    def description(self) -> Bundle:
-        """The bundle in the making, without weights."""
-        return Bundle(
-            uri=self.out,
-            name=storage.resolve(self.out).rstrip("/").rpartition("/")[2],
-            architecture=self.architecture,
-            options=self.options,
-            labels=self.config.labels,
-            recipe=self.recipe,
-            weights_sha256="",
-            digest="",
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,32 +97,6 @@ class Progress:
     def scores(self) -> list[float | None]:
         """Mean validation Dice of each validation so far."""
         return [record["score"] for record in self.epochs if "score" in record]
-
-
-def write_index(out: str, index: pa.Table) -> str:
-    """Store the index of a training; its digest."""
-    buffer = io.BytesIO()
-    pq.write_table(index, buffer, compression="zstd", write_page_checksum=True)
-    storage.write(storage.join(out, INDEX_FILE), buffer.getvalue())
-    return index_digest(index)
-
-
-def read_index(out: str) -> pa.Table | None:
-    """The stored index, or None. Raises ResegError if it is damaged."""
-    try:
-        data = storage.read(storage.join(out, INDEX_FILE))
-        return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowException, OSError) as error:
-        message = f"{out}/{INDEX_FILE} is damaged ({type(error).__name__}); delete it, and it is made again"
-        raise ResegError(message) from None
-
-
-def index_digest(index: pa.Table) -> str:
-    """The fingerprint of the data: content of every case, and what was wrong with it."""
-    columns = index.select(["case_id", "digest", "foreground", "problems"]).to_pylist()
-    return digest_json(sorted(columns, key=lambda row: str(row["case_id"])))
 
 
 # The worker
@@ -696,7 +621,7 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 def _tensorboard(job: TrainJob) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(storage.join(job.out, "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(storage.join(job.out, "tensorboard"))
 
 
 def _log_to_board(board: Any, progress: Progress, record: Mapping[str, Any]) -> None:

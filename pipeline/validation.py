@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.cases import PredictedCase, native_maps
 from pipeline.dataset import IndexedCase, IndexJob, ReadyCase
-from pipeline.errors import BadImage, ErrorClass
-from pipeline.inference import PreparedCase, Prediction, Predictor
+from pipeline.errors import BadImage
+from pipeline.inference import Prediction, Predictor, PreparedCase
 from pipeline.loading import CaseReader
 from pipeline.metrics.overlap import overlap
 from pipeline.report import draw_overlay

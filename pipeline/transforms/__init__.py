@@ -86,6 +86,19 @@ READY_RECIPES: dict[str, dict[str, Any]] = {
         ],
         "postprocess": [{"step": "to_native_grid"}, {"step": "softmax"}, {"step": "argmax"}],
     },
+    "zscore": {
+        "preprocess": [
+            {"step": "to_channels", "count": 3},
+            {"step": "percentile_rescale", "low": 0.5, "high": 99.5},
+            {"step": "zscore", "over": "volume"},
+            {"step": "pad_to_multiple", "of": 16},
+        ],
+        "postprocess": [
+            {"step": "sigmoid"},
+            {"step": "threshold", "at": 0.5},
+            {"step": "to_native_grid"},
+        ],
+    },
     "unit-range": {
         "preprocess": [
             {"step": "to_channels", "count": 3},

@@ -17,14 +17,11 @@ from pipeline.config import AugmentConfig
 
 Seeds = npt.NDArray[np.uint64]
 
-_STREAMS = {
-    name: np.uint64(number)
-    for number, name in enumerate(
-        ["flip", "rotation", "scale", "shift", "elastic", "gamma", "brightness", "contrast"]
-        + ["noise", "blur", "crop"],
-        start=1,
-    )
-}
+_CHANGES = (
+    *("flip", "rotation", "scale", "shift", "elastic", "gamma"),
+    *("brightness", "contrast", "noise", "blur", "crop"),
+)
+_STREAMS = {name: np.uint64(number) for number, name in enumerate(_CHANGES, start=1)}
 
 
 def sample_seeds(seed: int, epoch: int, positions_N: npt.NDArray[np.int64]) -> Seeds:
