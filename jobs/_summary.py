@@ -1,5 +1,7 @@
 """What a run says at its end, for a tired person at 6 a.m."""
 
+from typing import Any
+
 import click
 
 from pipeline.flows.segment import Summary
@@ -34,3 +36,44 @@ def print_summary(summary: Summary, results: str) -> None:
         click.echo(f"stages (seconds of all workers): {spent}")
     for note in summary.notes:
         click.echo(f"note: {note}")
+
+
+def print_training(result: dict[str, Any]) -> None:
+    """What came out of a training: the score first, then how, then where to look."""
+    score = _score(result["mean_dice"])
+    if not result["trained"]:
+        click.echo(
+            f"Nothing to do: {result['out']} is finished, with a mean validation Dice of {score}."
+        )
+        click.echo(f"Its bundle: {result['bundle']}")
+        return
+    cases = result["num_cases"]
+    click.echo(
+        f"Trained {result['epochs']} epochs ({result['steps']:,} updates) in {result['seconds']:.0f} s: "
+        f"mean validation Dice {score} over {cases['validation']} cases (median "
+        f"{_score(result['median_dice'])}), best after epoch {result['best_epoch']}."
+    )
+    click.echo(
+        f"{cases['train']} cases ({result['train_slices']:,} slices) trained, {cases['test']} were held "
+        f"back; {result['images_per_s']:,.0f} images/s on {result['workers']} "
+        f"{result['device']} worker(s)."
+    )
+    worst = sorted(
+        (row for row in result["cases"] if row["dice"] is not None), key=lambda row: row["dice"]
+    )[:5]
+    if worst:
+        click.echo(format_table(worst, ["case_id", "label_name", "dice", "tp", "fp", "fn"]))
+    if result["threshold"] is not None:
+        click.echo(f"threshold, calibrated on the validation cases: {result['threshold']:g}")
+    bad = dict(result.get("bad", {}))
+    if bad:
+        click.echo("left out: " + ", ".join(f"{n:,} {name}" for name, n in bad.items()))
+    for case_id, (kind, message) in sorted(result["bad_cases"].items())[:10]:
+        click.echo(f"left out while training: {case_id}: {kind}: {message}")
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"bundle {result['bundle']}; look at {result['out']}/curves.png and samples.png")
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "shard": "Write a source as Parquet or tar shards of cases.",
     "plan": "What a run would compute: new, changed, stale, removed, unchanged.",
     "segment": "Bring results up to date with a source and publish one night.",
+    "train": "Train a network on images with reference masks; the result is a bundle.",
     "bundle": "Import, show and verify trained networks.",
     "history": "The published nights: when, by which run, with which network and counts.",
     "paths": "Parquet files of a night, for any engine.",

@@ -28,12 +28,12 @@ class Pool:
 
 
 @contextmanager
-def connect(address: str | None, resources: ResourceConfig, threads: int) -> Iterator[None]:
+def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) -> Iterator[None]:
     """A Ray session for the duration of a run: the caller's, a cluster's, or one of our own.
 
     A session that exists already is used and left as it is. Without an address a local one is
-    started, with a CPU more than the machine has, because reading and writing wait more than
-    they compute. Raises ConfigError if the cluster cannot be reached.
+    started, with a CPU more than the machine has or than are wanted, because reading and writing
+    wait more than they compute. Raises ConfigError if the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -48,7 +48,7 @@ def connect(address: str | None, resources: ResourceConfig, threads: int) -> Ite
     try:
         with _silent_stderr():
             if address is None:
-                _start_local(resources, threads)
+                _start_local(wanted_cpus, object_store_bytes)
             else:
                 _check_reachable(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -77,17 +77,16 @@ def _check_reachable(address: str) -> None:
             raise ConnectionError(f"nothing answers there ({error.strerror or error})") from None
 
 
-def _start_local(resources: ResourceConfig, threads: int) -> None:
+def _start_local(wanted_cpus: int, object_store_bytes: int) -> None:
     import ray
 
-    wanted = (resources.actors or _cores()) * max(1, threads)
     ray.init(
         address="local",
-        num_cpus=max(_cores(), wanted) + 1,
+        num_cpus=max(num_cores(), wanted_cpus) + 1,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        object_store_memory=resources.object_store_bytes or None,
+        object_store_memory=object_store_bytes or None,
     )
     _protect_token()
 
@@ -106,7 +105,8 @@ def _silent_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _cores() -> int:
+def num_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -44,7 +44,7 @@ from pipeline.errors import (
     StageFailed,
     TooManyBadImages,
 )
-from pipeline.flows.cluster import Pool, connect, plan_pool, quiet_deprecations
+from pipeline.flows.cluster import Pool, connect, num_cores, plan_pool, quiet_deprecations
 from pipeline.formats import FORMATS, Source
 from pipeline.planning import check_run_id, make_plan
 from pipeline.records import (
@@ -141,7 +141,9 @@ def run_segment(
     receipts = results.load_receipts(results_uri, plan) if resumed else {}
     try:
         if len(receipts) < len(plan.works):
-            with connect(address, config.resources, config.inference.threads):
+            threads = max(1, config.inference.threads)
+            wanted_cpus = (config.resources.actors or num_cores()) * threads
+            with connect(address, wanted_cpus, config.resources.object_store_bytes):
                 pool = plan_pool(config.resources, config.inference.threads, len(plan.works))
                 receipts = _start_run(plan, results_uri, resumed=resumed)
                 _compute(plan, receipts, results_uri, bundle, config, pool, report, log)

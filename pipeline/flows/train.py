@@ -1,0 +1,287 @@
+"""Train: check -> index -> workers of Ray Train -> bundle.
+
+Ray Train starts the workers, joins them to one process group and starts them again when one
+dies; what each of them does is `pipeline.training`. Checkpoints are ours: Ray's are copied straight to
+their final name, and a reused run name would silently go on with another configuration.
+"""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.config import TrainConfig, TrainResourceConfig
+from pipeline.errors import ConfigError, ResegError, StageFailed
+from pipeline.flows.cluster import connect, num_cores
+from pipeline.preparation import (
+    CONFIG_FILE,
+    Groups,
+    IndexJob,
+    TrainJob,
+    check_index,
+    check_request,
+    finished_result,
+    freeze,
+    make_job,
+    read_index,
+    shard_groups,
+    with_index,
+    write_index,
+)
+from pipeline.telemetry import RunLog
+
+_RAY_FOLDER = "_ray"
+_STOP_TIMEOUT_S = 120.0
+_POLL_S = 0.5
+
+Report = Callable[[int, int, str, str], None]
+
+
+class Stopped(KeyboardInterrupt):
+    """The user stopped the training; a checkpoint was written first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """The workers of a training, with the CPU threads of each."""
+
+    num_workers: int
+    min_workers: int
+    threads: int
+    use_gpu: bool
+
+
+def run_train(
+    location: str,
+    out_location: str,
+    config: TrainConfig,
+    *,
+    address: str | None = None,
+    report: Report = lambda *_: None,
+) -> dict[str, Any]:
+    """Train on a source and export a bundle to `OUT/bundle`; the result, as in `OUT/result.json`.
+
+    Goes on with an unfinished training in OUT, and does nothing for a finished one. Raises
+    ResegError; KeyboardInterrupt once a checkpoint is written.
+    """
+    started = time.monotonic()
+    request = check_request(location, out_location, config)
+    done = finished_result(request.out)
+    if done is not None:
+        return {**done, "seconds": round(time.monotonic() - started, 3), "trained": False}
+    job = make_job(request)
+    index = read_index(request.out)
+    groups = [] if index is not None else shard_groups(request)
+    log = RunLog(storage.join(request.out, "log.jsonl"))
+    wanted = max(1, config.resources.workers) * (config.resources.threads or 1)
+    try:
+        with connect(address, wanted):
+            crew = plan_crew(config.resources, config.batch_size)
+            if index is None:
+                index = _index_on_ray(job.index_job, groups, report)
+            counts = check_index(job, index)
+            freeze(request)
+            job = with_index(job, index)
+            write_index(request.out, index)
+            log("start", index=job.index_digest, images=counts.num_images, bad=counts.bad_by_class)
+            _train(job, crew, report)
+    except BaseException as error:
+        log("stopped", reason=type(error).__name__)
+        raise
+    finally:
+        if storage.file_info(storage.join(request.out, CONFIG_FILE)) is not None:
+            log.save()
+    result = finished_result(request.out)
+    if result is None:
+        raise StageFailed(f"the workers ended without a result in {request.out}; start it again")
+    result["bad"] = counts.bad_by_class
+    return {**result, "seconds": round(time.monotonic() - started, 3), "trained": True}
+
+
+def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
+    """How many workers, with what. Raises ConfigError where they would leave no CPU for reading.
+
+    One worker a GPU where there are GPUs; else one, with all cores but one of the cluster's CPUs.
+    """
+    import ray
+
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(have.get("CPU", 0.0)), int(have.get("GPU", 0.0))
+    use_gpu = gpus >= 1 and resources.device != "cpu"
+    if resources.device == "cuda" and not use_gpu:
+        raise ConfigError("resources.device is cuda, but the cluster has no GPU")
+    workers = resources.workers or (gpus if use_gpu else 1)
+    if use_gpu and workers > gpus:
+        raise ConfigError(f"{workers} workers need {workers} GPUs, the cluster has {gpus}")
+    if workers > batch_size:
+        raise ConfigError(f"{workers} workers cannot share a batch of {batch_size} slices")
+    cores = min(cpus - 1, num_cores())
+    threads = resources.threads or max(1, cores // workers)
+    if workers * threads + 1 > cpus:
+        raise ConfigError(
+            f"{workers} workers of {threads} threads leave none of the cluster's {cpus} CPUs for "
+            "reading: set resources.workers or resources.threads lower"
+        )
+    least = resources.min_workers or workers
+    return Crew(
+        num_workers=workers, min_workers=min(least, workers), threads=threads, use_gpu=use_gpu
+    )
+
+
+def _index_on_ray(job: IndexJob, groups: Groups, report: Report) -> pa.Table:
+    """Index all shards in CPU tasks, a bounded number at a time; order does not matter."""
+    import ray
+
+    from pipeline.dataset import index_cases
+
+    remote = ray.remote(num_cpus=1, max_retries=2)(index_cases)
+    known = ray.put(job)
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    limit = 2 * int(have.get("CPU", 1))
+    todo, running = list(reversed(groups)), []
+    tables: list[pa.Table] = []
+    while todo or running:
+        while todo and len(running) < limit:
+            running.append(remote.remote(known, *todo.pop()))
+        done, running = ray.wait(running)
+        try:
+            tables += ray.get(done)
+        except ray.exceptions.RayError as error:
+            brief = str(error).strip().splitlines()[-1][:200]
+            raise StageFailed(f"indexing the source failed: {brief}; start again") from None
+        report(len(tables), len(groups), "indexing", "")
+    return pa.concat_tables(tables)
+
+
+class _Board:
+    """Where worker 0 says how far it is, and reads whether to stop; an actor beside the driver."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+        self._stop = False
+
+    def tell(self, state: Mapping[str, Any]) -> bool:
+        self._state = {**self._state, **state}
+        return self._stop
+
+    def read(self) -> dict[str, Any]:
+        return self._state
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+def _train(job: TrainJob, crew: Crew, report: Report) -> None:
+    """Run the workers to their end, showing how far they are. Raises what they raised."""
+    import ray
+
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    trainer = _make_trainer(job, crew, board)
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  (Ray wraps whatever a worker raised)
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="reseg-train", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            _show(ray.get(board.read.remote()), report)
+    except KeyboardInterrupt:
+        with suppress(Exception):
+            ray.get(board.stop.remote())
+            thread.join(_STOP_TIMEOUT_S)
+        raise
+    finally:
+        if not storage.is_remote(job.out):
+            shutil.rmtree(storage.join(job.out, _RAY_FOLDER), ignore_errors=True)
+    state = ray.get(board.read.remote())
+    if "error" in state:
+        raise state["error"]
+    if failure:
+        raise _as_sentence(failure[0])
+
+
+def _show(state: Mapping[str, Any], report: Report) -> None:
+    if "step" not in state:
+        return
+    loss = "" if state["loss"] is None else f", loss {state['loss']:.4f}"
+    score = "" if state["score"] is None else f", Dice {state['score']:.3f}"
+    note = f"epoch {state['epoch']}/{state['epochs']}{loss}{score}, {state['images_per_s']:,.0f} images/s"
+    report(state["step"], state["steps"], "training", note)
+
+
+def _as_sentence(error: BaseException) -> ResegError:
+    """Ray's account of failed workers, as one sentence."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: BaseException = next(iter(failures.values()), error)
+    inner = getattr(cause, "cause", None) or cause.__cause__ or cause
+    if isinstance(inner, ResegError):
+        return inner
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    brief = (lines or [type(inner).__name__])[-1][:300]
+    return StageFailed(
+        f"training workers failed too often, at last with: {type(inner).__name__}: {brief}; the same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def _make_trainer(job: TrainJob, crew: Crew, board: Any) -> Any:
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    elastic = crew.min_workers < crew.num_workers
+    return TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "board": board, "threads": crew.threads},
+        torch_config=TorchConfig(backend="nccl" if crew.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(crew.min_workers, crew.num_workers) if elastic else crew.num_workers,
+            use_gpu=crew.use_gpu,
+            resources_per_worker={"CPU": crew.threads} | ({"GPU": 1} if crew.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=f"train-{os.getpid()}-{time.time_ns()}",  # never reused: it would resume by itself
+            storage_path=storage.join(job.out, _RAY_FOLDER),
+            failure_config=FailureConfig(max_failures=job.config.resources.max_failures),
+        ),
+    )
+
+
+def _work(values: dict[str, Any]) -> None:
+    """What a worker process runs."""
+    import ray
+    import ray.train
+    import torch
+
+    from pipeline.learning import Ranks
+    from pipeline.training import run_worker
+
+    board = values["board"]
+    if "error" in ray.get(board.read.remote()):
+        return  # started again by Ray after an error that would only come back
+    torch.set_num_threads(values["threads"])
+    context = ray.train.get_context()
+    ranks = Ranks(rank=context.get_world_rank(), world=context.get_world_size())
+    device = "cuda" if ray.train.torch.get_device().type == "cuda" else "cpu"
+
+    def tell(state: Mapping[str, Any]) -> bool:
+        return bool(ray.get(board.tell.remote(dict(state))))
+
+    try:
+        run_worker(values["job"], ranks, device, tell)
+    except ResegError as error:
+        ray.get(board.tell.remote({"error": error}))
+        raise
