@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from pipeline.flows.evaluate import Evaluation
 from pipeline.flows.segment import Summary
 from pipeline.telemetry import format_table
 
@@ -58,6 +59,8 @@ def print_training(result: dict[str, Any]) -> None:
         f"back; {result['images_per_s']:,.0f} images/s on {result['workers']} "
         f"{result['device']} worker(s)."
     )
+    if result["test_dice"] is not None:
+        click.echo(f"mean Dice of the cases held back for testing: {_score(result['test_dice'])}")
     worst = sorted(
         (row for row in result["cases"] if row["dice"] is not None), key=lambda row: row["dice"]
     )[:5]
@@ -73,6 +76,29 @@ def print_training(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         click.echo(f"note: {note}")
     click.echo(f"bundle {result['bundle']}; look at {result['out']}/curves.png and samples.png")
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Mean, interval and median, the worst cases, and what could not be scored."""
+    for name, scores in {**found.by_label, "all": found.overall}.items():
+        if name != "all" or len(found.by_label) > 1:
+            click.echo(
+                f"{name}: mean Dice {scores['mean_dice']:.4f} (95 % interval "
+                f"{scores['mean_dice_low']:.4f} to {scores['mean_dice_high']:.4f}), median "
+                f"{scores['median_dice']:.4f}, of all pixels {scores['pooled_dice']:.4f}, over "
+                f"{scores['num_cases']:.0f} cases"
+            )
+    click.echo(format_table(found.rows[:20], ["case_id", "label_name", "dice", "hd95", "assd"]))
+    if len(found.rows) > 20:
+        click.echo(f"… and {len(found.rows) - 20} better ones in {found.out}/cases.csv")
+    for number, what in (
+        (found.num_both_empty, "empty in reference and prediction, and have no Dice"),
+        (found.num_without_reference, "without a complete reference, and are not scored"),
+        (found.num_bad_images, "images are bad; see the masks table"),
+    ):
+        if number:
+            click.echo(f"{number} {what}")
+    click.echo(f"A picture: {found.out}/dice.png")
 
 
 def _score(value: float | None) -> str:

@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "plan": "What a run would compute: new, changed, stale, removed, unchanged.",
     "segment": "Bring results up to date with a source and publish one night.",
     "train": "Train a network on images with reference masks; the result is a bundle.",
+    "evaluate": "Score a bundle on a labelled source, case by case, with a chart.",
     "bundle": "Import, show and verify trained networks.",
     "history": "The published nights: when, by which run, with which network and counts.",
     "paths": "Parquet files of a night, for any engine.",

@@ -409,6 +409,8 @@ class TrainResourceConfig:
 class TrainConfig:
     """Everything `reseg train` can be told."""
 
+    name: str = ""
+    """Of the bundle; empty: that of its folder."""
     labels: tuple[str, ...] = ("foreground",)
     """Names of the labels 1, 2, …; 0 is background."""
     epochs: int = 50

@@ -90,7 +90,7 @@ class TrainJob:
         """The bundle in the making, without weights."""
         return Bundle(
             uri=self.out,
-            name=storage.resolve(self.out).rstrip("/").rpartition("/")[2],
+            name=self.config.name or self.out.rstrip("/").rpartition("/")[2],
             architecture=self.architecture,
             options=self.options,
             labels=self.config.labels,

@@ -53,6 +53,7 @@ from pipeline.transforms import Recipe
 from pipeline.transforms.augment import sample_seeds
 from pipeline.validation import (
     Reader,
+    Row,
     decided_cases,
     draw_case,
     mean_dice,
@@ -62,6 +63,7 @@ from pipeline.validation import (
 )
 
 _CURVES_EVERY_S = 60.0
+_TELL_EVERY_S = 0.5
 _NUM_SAMPLES = 12
 
 T = TypeVar("T")
@@ -248,7 +250,7 @@ class _Worker:
     def _told(self, started: float) -> bool:
         """Say at most twice a second where we are; whether somebody wants to stop."""
         now = time.monotonic()
-        if self.ranks.rank or now - self._last_tell < 0.5:
+        if self.ranks.rank or now - self._last_tell < _TELL_EVERY_S:
             return False
         self._last_tell = now
         progress = self.progress
@@ -428,19 +430,35 @@ class _Worker:
             predictor = self._predictor(model)
             if self.config.calibrate_threshold:
                 recipe, threshold = self._calibrate(predictor)
+            test = self._score_test(predictor, recipe)
             if self.ranks.rank == 0:
                 self._write_samples(predictor, best["cases"])
         if self.ranks.rank:
             return {}
         self._write_curves()
-        result = self._result(best, threshold)
+        result = self._result(best, threshold, test)
         bundle = self._save_bundle(weights, recipe, result)
         result |= {"bundle": bundle.uri, "bundle_digest": bundle.digest}
         text = json.dumps(result, indent=1).encode()
         storage.write(storage.join(self.job.out, RESULT_FILE), text)
         return result
 
-    def _result(self, best: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
+    def _score_test(self, predictor: Predictor, recipe: Recipe) -> list[Row]:
+        """The cases that were held back, looked at once."""
+        mine = self.split["test"][self.ranks.rank :: self.ranks.world]
+        with closing(_validation_reader(self.job, mine)) as reader:
+            rows = [
+                row
+                for ready, prediction in decided_cases(
+                    reader, len(mine), predictor, lambda case: predictor.decide(case, recipe)
+                )
+                for row in score_case(ready, prediction, recipe, self.config.labels)
+            ]
+        return [row for part in self.ranks.gather(rows) for row in part]
+
+    def _result(
+        self, best: Mapping[str, Any], threshold: float | None, test: list[Row]
+    ) -> dict[str, Any]:
         progress = self.progress
         scores = [row["dice"] for row in best["cases"] if row["dice"] is not None]
         return {
@@ -452,7 +470,9 @@ class _Worker:
             "median_dice": float(np.median(scores)) if scores else None,
             "last_dice": next((s for s in reversed(progress.scores) if s is not None), None),
             "threshold": threshold,
+            "test_dice": mean_dice(test),
             "cases": best["cases"],
+            "test_cases": test,
             "num_cases": {part: len(cases) for part, cases in self.split.items()},
             "train_slices": len(self.pool),
             "images_per_s": round(
@@ -516,7 +536,8 @@ class _Worker:
                     "mean_dice": result["mean_dice"],
                     "median_dice": result["median_dice"],
                     "cases": result["cases"],
-                }
+                },
+                "test": {"mean_dice": result["test_dice"], "cases": result["test_cases"]},
             },
         )
 

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import TrainConfig, TrainResourceConfig
+from pipeline.dataset import IndexJob
 from pipeline.errors import ConfigError, ResegError, StageFailed
 from pipeline.flows.cluster import connect, num_cores
 from pipeline.preparation import (
     CONFIG_FILE,
     Groups,
-    IndexJob,
     TrainJob,
     check_index,
     check_request,
@@ -145,7 +145,7 @@ def _index_on_ray(job: IndexJob, groups: Groups, report: Report) -> pa.Table:
     known = ray.put(job)
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     limit = 2 * int(have.get("CPU", 1))
-    todo, running = list(reversed(groups)), []
+    todo, running = list(reversed(groups)), list[Any]()
     tables: list[pa.Table] = []
     while todo or running:
         while todo and len(running) < limit:
@@ -182,7 +182,7 @@ def _train(job: TrainJob, crew: Crew, report: Report) -> None:
     """Run the workers to their end, showing how far they are. Raises what they raised."""
     import ray
 
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board: Any = cast(Any, ray.remote(num_cpus=0))(_Board).remote()
     trainer = _make_trainer(job, crew, board)
     failure: list[BaseException] = []
 
@@ -248,7 +248,9 @@ def _make_trainer(job: TrainJob, crew: Crew, board: Any) -> Any:
         train_loop_config={"job": job, "board": board, "threads": crew.threads},
         torch_config=TorchConfig(backend="nccl" if crew.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=(crew.min_workers, crew.num_workers) if elastic else crew.num_workers,
+            num_workers=cast(
+                Any, (crew.min_workers, crew.num_workers) if elastic else crew.num_workers
+            ),
             use_gpu=crew.use_gpu,
             resources_per_worker={"CPU": crew.threads} | ({"GPU": 1} if crew.use_gpu else {}),
         ),

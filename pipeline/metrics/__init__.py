@@ -4,10 +4,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.metrics import overlap, shape, surface
+from pipeline.metrics import boundary, overlap, shape, surface
 from pipeline.metrics.source import METRICS, Mask, Metric, Spacing
 
-__all__ = ["METRICS", "Metric", "compute_metrics", "metric_columns", "overlap", "shape", "surface"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "boundary",
+    "compute_metrics",
+    "metric_columns",
+    "overlap",
+    "shape",
+    "surface",
+]
 
 
 def metric_columns(table: str) -> list[tuple[str, pa.DataType]]:
