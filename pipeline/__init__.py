@@ -13,7 +13,9 @@ _PUBLIC = {
     "load_bundle": "pipeline.bundle",
     "make_plan": "pipeline.planning",
     "open_night": "pipeline.results",
+    "run_evaluate": "pipeline.flows.evaluate",
     "run_segment": "pipeline.flows.segment",
+    "run_train": "pipeline.flows.train",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -360,6 +360,7 @@ class _Worker:
             "epoch": self.progress.epoch + 1,
             "step": self.learner.step,
             "loss": float(np.mean(recent)),
+            "seconds": round(self.progress.train_seconds, 3),
             "workers": self.ranks.world,
         }
 
