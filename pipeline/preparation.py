@@ -143,9 +143,9 @@ def check_request(location: str, out_location: str, config: TrainConfig) -> Requ
         raise SourceError(f"{source.uri} holds no image; `reseg inspect` shows what is there")
     all_known = all(shard.cases is not None for shard in listing.shards)
     if all_known and not any(item.mask for case in known for item in case.slices):
-        raise SourceError(
-            f"{source.uri} has no reference masks: no file fits --masks {config.source.masks!r}"
-        )
+        masks = config.source.masks
+        hint = f"no file fits --masks {masks!r}" if masks else "say which files are masks: --masks"
+        raise SourceError(f"{source.uri} has no reference masks; {hint}")
     source = replace(source, num_buckets=listing.num_buckets)
     return Request(out=out, config=config, source=source, shards=listing.shards, init=init)
 

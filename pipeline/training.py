@@ -122,6 +122,7 @@ def run_worker(
 def _be_deterministic() -> None:
     """Same shapes, same bits, as far as the device has a deterministic way."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every buffer
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -168,3 +168,46 @@ def test_what_is_not_there_is_told_without_secrets(bucket, demo_bundle, config, 
         segment_here(f"{bucket}-none/x", f"{bucket}/r", demo_bundle, config())
     assert SECRET not in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+def test_training_in_object_storage_gives_the_weights_of_a_disk(bucket, own_phantoms, tmp_path):
+    from pipeline import checkpoint, preparation
+    from pipeline.bundle import load_bundle
+    from pipeline.config import TrainConfig, load_config
+    from pipeline.training import run_worker
+
+    config = load_config(
+        TrainConfig,
+        options={
+            "source.images": "{case}/{case}_{slice}.png",
+            "source.masks": "{case}/{case}_{slice}_mask.png",
+            "labels": ["lesion"],
+            "epochs": 2,
+            "batch_size": 8,
+            "numerics.dtype": "fp32",
+            "model.options": {"width": 4, "depth": 2},
+            "split.validation_patients": ["phantom_0007"],
+        },
+    )
+    upload(own_phantoms, f"{bucket}/labelled")
+    digests = []
+    for source, out in (
+        (str(own_phantoms), str(tmp_path / "out")),
+        (f"{bucket}/labelled", f"{bucket}/trained"),
+    ):
+        request = preparation.check_request(source, out, config)
+        job = preparation.make_job(request)
+        index = preparation.index_here(job.index_job, preparation.shard_groups(request))
+        preparation.freeze(request)
+        preparation.write_index(out, index)
+        result = run_worker(preparation.with_index(job, index), device="cpu")
+        digests.append(load_bundle(result["bundle"]).weights_sha256)
+    assert digests[0] == digests[1]
+    assert len(checkpoint.names(f"{bucket}/trained", "step-")) == 2
+    assert preparation.finished_result(f"{bucket}/trained")["steps"] == 10
+    with pytest.raises(ConfigError, match="another configuration"):
+        preparation.check_request(
+            f"{bucket}/labelled",
+            f"{bucket}/trained",
+            load_config(TrainConfig, options={"labels": ["other"]}),
+        )
