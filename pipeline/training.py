@@ -122,7 +122,8 @@ def run_worker(
 def _be_deterministic() -> None:
     """Same shapes, same bits, as far as the device has a deterministic way."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every buffer
+    # NaN in every fresh buffer would find bugs of torch and cost a pass over memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
