@@ -172,6 +172,7 @@ class _Worker:
             record = self._epoch_record()
             if self._is_validated(self.progress.epoch):
                 record |= self._validate()
+            self._collect_problems()
             self._end_epoch(record)
         return self._export()
 
@@ -225,7 +226,6 @@ class _Worker:
                 if result.wants_stop:
                     return False
         progress.train_seconds += time.monotonic() - started
-        self._collect_problems()
         return True
 
     def _rest_of_epoch(self) -> tuple[Any, Any]:
@@ -550,7 +550,7 @@ class _Worker:
         storage.write(storage.join(self.job.out, "curves.png"), picture)
 
     def _write_samples(self, predictor: Predictor, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Of the worst validation cases the slice with most reference, outlined; worst first."""
+        """Of the worst validation cases the slice with most wrong pixels, outlined; worst first."""
         known = [row for row in rows if row["dice"] is not None]
         worst: list[str] = []
         known.sort(key=lambda row: (row["dice"], row["case_id"]))

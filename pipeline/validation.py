@@ -135,10 +135,13 @@ def recipes_by_threshold(recipe: Recipe) -> dict[float, Recipe]:
 
 
 def draw_case(ready: ReadyCase, prediction: Prediction, recipe: Recipe, dice: float) -> Image.Image:
-    """The slice of a case with the largest reference, with both outlines."""
+    """The slice of a case with most wrong pixels, with both outlines."""
     masks_ZHW = native_masks(ready, prediction, recipe)
-    areas = [-1 if item is None else int((item > 0).sum()) for item in ready.decoded.references]
-    z = int(np.argmax(areas))
+    wrong = [
+        -1 if reference_HW is None else int((mask_HW != reference_HW).sum())
+        for mask_HW, reference_HW in zip(masks_ZHW, ready.decoded.references, strict=True)
+    ]
+    z = int(np.argmax(wrong))
     assert ready.decoded.volume_ZHWC is not None
     name = f"{ready.decoded.case_id}/{ready.decoded.usable[z].name}"
     return draw_overlay(

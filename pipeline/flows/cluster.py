@@ -80,6 +80,8 @@ def _check_reachable(address: str) -> None:
 def _start_local(wanted_cpus: int, object_store_bytes: int) -> None:
     import ray
 
+    # Ray's 15 would hand the cores to whatever else runs; a program of the user's does not do that
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         num_cpus=max(num_cores(), wanted_cpus) + 1,

@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.config import TrainConfig, TrainResourceConfig
 from pipeline.dataset import IndexJob
 from pipeline.errors import ConfigError, ResegError, StageFailed
-from pipeline.flows.cluster import connect, num_cores
+from pipeline.flows.cluster import connect
 from pipeline.preparation import (
     CONFIG_FILE,
     Groups,
@@ -40,6 +40,8 @@ from pipeline.telemetry import RunLog
 _RAY_FOLDER = "_ray"
 _STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.5
+_MOST_THREADS = 16
+"""More threads than this do not make a U-Net faster."""
 
 Report = Callable[[int, int, str, str], None]
 
@@ -108,7 +110,7 @@ def run_train(
 def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
     """How many workers, with what. Raises ConfigError where they would leave no CPU for reading.
 
-    One worker a GPU where there are GPUs; else one, with all cores but one of the cluster's CPUs.
+    One worker a GPU where there are GPUs; else one, with the CPUs of its machine but one.
     """
     import ray
 
@@ -122,8 +124,8 @@ def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
         raise ConfigError(f"{workers} workers need {workers} GPUs, the cluster has {gpus}")
     if workers > batch_size:
         raise ConfigError(f"{workers} workers cannot share a batch of {batch_size} slices")
-    cores = min(cpus - 1, num_cores())
-    threads = resources.threads or max(1, cores // workers)
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    threads = resources.threads or max(1, min(largest, (cpus - 1) // workers, _MOST_THREADS))
     if workers * threads + 1 > cpus:
         raise ConfigError(
             f"{workers} workers of {threads} threads leave none of the cluster's {cpus} CPUs for "
@@ -193,6 +195,7 @@ def _train(job: TrainJob, crew: Crew, report: Report) -> None:
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="reseg-train", daemon=True)
+    report(0, 1, f"starting {crew.num_workers} worker(s)", "")
     thread.start()
     try:
         while thread.is_alive():
@@ -277,13 +280,15 @@ def _work(values: dict[str, Any]) -> None:
     torch.set_num_threads(values["threads"])
     context = ray.train.get_context()
     ranks = Ranks(rank=context.get_world_rank(), world=context.get_world_size())
-    device = "cuda" if ray.train.torch.get_device().type == "cuda" else "cpu"
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL exchanges what is no tensor
 
     def tell(state: Mapping[str, Any]) -> bool:
         return bool(ray.get(board.tell.remote(dict(state))))
 
     try:
-        run_worker(values["job"], ranks, device, tell)
+        run_worker(values["job"], ranks, device.type, tell)
     except ResegError as error:
         ray.get(board.tell.remote({"error": error}))
         raise

@@ -389,14 +389,16 @@ def test_bad_images_are_left_out_counted_and_stop_above_the_share(own_phantoms, 
 
 
 def test_a_case_that_changes_while_training_is_left_out_and_told(own_phantoms, tmp_path):
-    job = make_job(own_phantoms, tmp_path / "out", configured(max_bad_share=0.2))
+    job = make_job(own_phantoms, tmp_path / "out", configured(max_bad_share=0.3))
     changed = own_phantoms / "phantom_0002" / "phantom_0002_3.png"
     Image.fromarray(255 - np.asarray(Image.open(changed))).save(changed)
+    (own_phantoms / "phantom_0007" / "phantom_0007_1.png").unlink()
     result = run_worker(job, device="cpu")
-    assert list(result["bad_cases"]) == ["phantom_0002"]
+    assert list(result["bad_cases"]) == ["phantom_0002", "phantom_0007"]
+    assert {row["case_id"] for row in result["cases"]} == {"phantom_0006"}
     strict = dataclasses.replace(
         job, out=str(tmp_path / "strict"), config=configured(max_bad_share=0.01)
     )
     shutil.copytree(tmp_path / "out", tmp_path / "strict", ignore=shutil.ignore_patterns("check*"))
-    with pytest.raises(TooManyBadImages, match="1 cases .*phantom_0002: ChangedDuringRun"):
+    with pytest.raises(TooManyBadImages, match="2 cases .*phantom_0002: ChangedDuringRun"):
         run_worker(strict, device="cpu")
