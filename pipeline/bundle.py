@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.config import decode, digest_json
 from pipeline.errors import BundleError, ConfigError
 from pipeline.records import sha256_hex
-from pipeline.transforms import READY_RECIPES, Recipe, recipe_from_plain
+from pipeline.transforms import READY_RECIPES, Recipe, recipe_from_plain, with_decision
 from pipeline.transforms.postprocess import Sigmoid
 
 if TYPE_CHECKING:
@@ -297,17 +297,7 @@ def ready_recipe(name: str, in_channels: int, out_channels: int) -> dict[str, An
         {**step, "count": in_channels} if step["step"] == "to_channels" else step
         for step in ready["preprocess"]
     ]
-    one = out_channels == 1
-    decisions = {
-        "sigmoid": "sigmoid" if one else "softmax",
-        "softmax": "sigmoid" if one else "softmax",
-        "threshold": "threshold" if one else "argmax",
-        "argmax": "threshold" if one else "argmax",
-    }
-    after = [
-        {"step": decisions[step["step"]]} if step["step"] in decisions else step
-        for step in ready["postprocess"]
-    ]
+    after = with_decision(ready["postprocess"], out_channels)
     return {"preprocess": before, "postprocess": after}
 
 

@@ -6,7 +6,7 @@ A training's folder holds `config.json` (the request, frozen), `index.parquet` (
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ from pipeline.errors import (
 from pipeline.formats import FORMATS, Source, open_source
 from pipeline.planning import check_apart
 from pipeline.records import CaseRef, Shard
-from pipeline.transforms import Recipe, recipe_from_plain
+from pipeline.transforms import Recipe, recipe_from_plain, with_decision
 from pipeline.transforms.postprocess import Sigmoid
 
 CONFIG_FILE, INDEX_FILE, RESULT_FILE = "config.json", "index.parquet", "result.json"
@@ -271,12 +271,12 @@ def _probe_channels(request: Request) -> int:
 def _recipe(config: TrainConfig, init: Bundle | None, in_channels: int) -> Recipe:
     """The configured steps, else the ready recipe, else that of the initial bundle."""
     wanted = config.recipe
+    out_channels = 1 if len(config.labels) == 1 else len(config.labels) + 1
     if init is not None and not wanted.ready:
         values = init.recipe.to_plain()
         if len(config.labels) != len(init.labels):
-            values["postprocess"] = _decided_anew(values["postprocess"], len(config.labels))
+            values["postprocess"] = with_decision(values["postprocess"], out_channels)
     else:
-        out_channels = 1 if len(config.labels) == 1 else len(config.labels) + 1
         values = ready_recipe(wanted.ready or "zscore", in_channels, out_channels)
     if wanted.preprocess:
         values["preprocess"] = [dict(step) for step in wanted.preprocess]
@@ -286,23 +286,6 @@ def _recipe(config: TrainConfig, init: Bundle | None, in_channels: int) -> Recip
         return recipe_from_plain(_with_side(values, wanted))
     except BundleError as error:
         raise ConfigError(f"[recipe] {error}") from None
-
-
-def _decided_anew(steps: Sequence[Mapping[str, Any]], num_labels: int) -> list[dict[str, Any]]:
-    """Steps after the network, with the activation and decision that another head needs."""
-    one = num_labels == 1
-    names = {
-        "sigmoid": "sigmoid" if one else "softmax",
-        "softmax": "sigmoid" if one else "softmax",
-        "threshold": "threshold" if one else "argmax",
-        "argmax": "threshold" if one else "argmax",
-    }
-    return [
-        {"step": names[step["step"]]}
-        if step["step"] in names and names[step["step"]] != step["step"]
-        else dict(step)
-        for step in steps
-    ]
 
 
 def _with_side(values: dict[str, Any], wanted: RecipeConfig) -> dict[str, Any]:

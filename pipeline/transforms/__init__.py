@@ -15,7 +15,14 @@ from pipeline.transforms import postprocess, preprocess
 from pipeline.transforms.postprocess import POSTPROCESS
 from pipeline.transforms.preprocess import PREPROCESS
 
-__all__ = ["READY_RECIPES", "Recipe", "postprocess", "preprocess", "recipe_from_plain"]
+__all__ = [
+    "READY_RECIPES",
+    "Recipe",
+    "postprocess",
+    "preprocess",
+    "recipe_from_plain",
+    "with_decision",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,28 @@ def _steps(items: Sequence[Mapping[str, Any]], registry: Any) -> tuple[Any, ...]
         decode(registry[item["step"]], {k: v for k, v in item.items() if k != "step"}, item["step"])
         for item in items
     )
+
+
+def with_decision(steps: Sequence[Mapping[str, Any]], num_channels: int) -> list[dict[str, Any]]:
+    """Plain postprocessing steps with the activation and the decision that a head needs.
+
+    One output channel: sigmoid and threshold; more: softmax and argmax. Steps that are right
+    already keep their options.
+    """
+    one = num_channels == 1
+    activation, decision = ("sigmoid", "threshold") if one else ("softmax", "argmax")
+    wanted = {
+        "sigmoid": activation,
+        "softmax": activation,
+        "threshold": decision,
+        "argmax": decision,
+    }
+    return [
+        dict(step)
+        if wanted.get(step["step"], step["step"]) == step["step"]
+        else {"step": wanted[step["step"]]}
+        for step in steps
+    ]
 
 
 READY_RECIPES: dict[str, dict[str, Any]] = {
