@@ -259,6 +259,7 @@ class _Worker:
         seconds = progress.train_seconds + now - started
         return self._tell(
             {
+                "phase": "training",
                 "epoch": progress.epoch + 1,
                 "epochs": self.config.epochs,
                 "step": self.learner.step,
@@ -268,6 +269,11 @@ class _Worker:
                 "images_per_s": self.learner.step * self.config.batch_size / max(seconds, 1e-9),
             }
         )
+
+    def _enter(self, phase: str) -> None:
+        """Say what is done between updates."""
+        if not self.ranks.rank:
+            self._tell({"phase": phase})
 
     def _non_finite(self, loss: float, norm: float) -> str:
         what = (
@@ -305,6 +311,7 @@ class _Worker:
     def _validate(self) -> dict[str, Any]:
         """Score the averaged weights on the validation cases, and keep them if they are the best."""
         started = time.monotonic()
+        self._enter("validating")
         with self.learner.evaluated() as model:
             predictor = self._predictor(model)
             mine = [
@@ -424,6 +431,7 @@ class _Worker:
 
     def _export(self) -> dict[str, Any]:
         """Best weights as a bundle, curves, samples, and the result, which is written last."""
+        self._enter("exporting")
         best = self.progress.best
         assert best is not None
         _, weights = checkpoint.load(self.job.out, best["name"])

@@ -124,7 +124,8 @@ def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
         raise ConfigError(f"{workers} workers need {workers} GPUs, the cluster has {gpus}")
     if workers > batch_size:
         raise ConfigError(f"{workers} workers cannot share a batch of {batch_size} slices")
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
     threads = resources.threads or max(1, min(largest, (cpus - 1) // workers, _MOST_THREADS))
     if workers * threads + 1 > cpus:
         raise ConfigError(
@@ -222,7 +223,7 @@ def _show(state: Mapping[str, Any], report: Report) -> None:
     loss = "" if state["loss"] is None else f", loss {state['loss']:.4f}"
     score = "" if state["score"] is None else f", Dice {state['score']:.3f}"
     note = f"epoch {state['epoch']}/{state['epochs']}{loss}{score}, {state['images_per_s']:,.0f} images/s"
-    report(state["step"], state["steps"], "training", note)
+    report(state["step"], state["steps"], state["phase"], note)
 
 
 def _as_sentence(error: BaseException) -> ResegError:

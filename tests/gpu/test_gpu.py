@@ -58,7 +58,7 @@ def test_training_on_a_gpu_learns_and_resumes(phantoms, tmp_path):
     index = preparation.index_here(job.index_job, preparation.shard_groups(request))
     preparation.write_index(request.out, index)
     job = preparation.with_index(job, index)
-    assert run_worker(job, device="cuda", tell=lambda state: state["step"] >= 10) is None
+    assert run_worker(job, device="cuda", tell=lambda state: state.get("step", 0) >= 10) is None
     result = run_worker(job, device="cuda")
     assert result["device"] == "cuda"
     assert result["mean_dice"] > 0.8

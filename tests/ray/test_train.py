@@ -144,6 +144,7 @@ def test_control_c_writes_a_checkpoint_and_the_same_command_goes_on(
     assert losses_of(out) == whole
 
 
+@pytest.mark.storm
 def test_a_training_with_fewer_workers_goes_on_with_the_rest_of_the_epoch(
     unbroken, reseg, phantoms, tmp_path
 ):

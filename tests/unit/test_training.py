@@ -77,7 +77,7 @@ def losses(out) -> list[float]:
 
 def stop_after(steps: int):
     """A `tell` that wants to stop once so many updates are done; asked at every update."""
-    return lambda state: state["step"] >= steps
+    return lambda state: state.get("step", 0) >= steps
 
 
 @pytest.fixture
