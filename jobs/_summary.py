@@ -71,6 +71,10 @@ def print_training(result: dict[str, Any]) -> None:
     bad = dict(result.get("bad", {}))
     if bad:
         click.echo("left out: " + ", ".join(f"{n:,} {name}" for name, n in bad.items()))
+    for case_id, name, kind, message in result["bad_images"][:10]:
+        click.echo(f"  {case_id}/{name}: {kind}: {message}")
+    if len(result["bad_images"]) > 10:
+        click.echo(f"  and {len(result['bad_images']) - 10} more in {result['out']}/result.json")
     for case_id, (kind, message) in sorted(result["bad_cases"].items())[:10]:
         click.echo(f"left out while training: {case_id}: {kind}: {message}")
     for note in result["notes"]:

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.records import sha256_hex
 
 _TENSORS, _VALUES, _DIGEST = ".safetensors", ".json", ".digest"
+_DAMAGED = ".damaged"
 FOLDER = "checkpoints"
 
 Warn = Callable[[str], None]
@@ -87,12 +88,26 @@ def _check(uri: str, text: bytes, digest: str) -> bytes:
 
 def load_latest(out: str, warn: Warn) -> State | None:
     """The newest checkpoint that holds, or None; each damaged newer one is warned about."""
-    for name in reversed(names(out, "step-")):
+    found = names(out, "step-")
+    while found:
         try:
-            return load(out, name)
+            return load(out, found.pop())
         except DamagedCheckpoint as error:
-            warn(f"{error}; the one before it is used")
+            what = "the one before it is used" if found else "training starts from the beginning"
+            warn(f"{error}; {what}")
     return None
+
+
+def set_aside_after(out: str, step: int) -> None:
+    """Stop counting the checkpoints of later updates, which were found damaged; delete nothing.
+
+    Else they would be taken for the newest ones when old ones are pruned.
+    """
+    for name in names(out, "step-"):
+        if name > step_name(step):
+            uri = storage.join(out, FOLDER, name)
+            storage.write(uri + _DAMAGED, storage.read(uri + _DIGEST))
+            storage.remove(uri + _DIGEST)
 
 
 def names(out: str, prefix: str) -> list[str]:

@@ -26,6 +26,10 @@ def parse_mask_values(text: str) -> dict[int, int]:
     return {int(k): int(v) for k, _, v in (item.partition("=") for item in text.split(",") if item)}
 
 
+_MOST = 100_000_000
+"""Of anything that is counted in a configuration: more is a slip of the finger."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """How files become cases. Part of what decides the output."""
@@ -44,11 +48,13 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         try:
-            parse_mask_values(self.mask_values)
+            labels = parse_mask_values(self.mask_values).values()
         except ValueError:
             raise ConfigError(
                 f"source.mask_values {self.mask_values!r} is not of the form 0=0,255=1"
             ) from None
+        if not all(0 <= label <= 254 for label in labels):
+            raise ConfigError(f"source.mask_values {self.mask_values!r}: labels are 0 to 254")
         if len(self.spacing_mm) not in (0, 2, 3) or any(not 0 < s < 1e6 for s in self.spacing_mm):
             raise ConfigError(
                 f"source.spacing_mm is (z, y, x) or (y, x) in mm, not {list(self.spacing_mm)}"
@@ -224,6 +230,10 @@ class SamplingConfig:
             raise ConfigError(
                 "sampling.slices_per_epoch and patch cannot be negative, cache_bytes is above 0"
             )
+        if self.slices_per_epoch > _MOST or self.patch > 1 << 15:
+            raise ConfigError(
+                f"sampling.slices_per_epoch {self.slices_per_epoch} or patch {self.patch} is absurd"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,8 +310,11 @@ class LossConfig:
             raise ConfigError("[loss.terms] all weights are 0")
         if any(not 0 <= weight < math.inf for weight in self.class_weights):
             raise ConfigError(f"loss.class_weights {list(self.class_weights)} are not weights")
-        if self.boundary_sigma_px <= 0 or self.smooth < 0:
-            raise ConfigError("loss.boundary_sigma_px is above 0, loss.smooth is not negative")
+        if self.boundary_sigma_px <= 0:
+            raise ConfigError(f"loss.boundary_sigma_px is above 0, not {self.boundary_sigma_px}")
+        for name in ("smooth", "focal_gamma", "tversky_alpha", "tversky_beta", "boundary_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loss.{name} cannot be negative, it is {getattr(self, name)}")
 
 
 def loss_terms(config: LossConfig, activation: Activation) -> dict[str, float]:
@@ -354,6 +367,7 @@ class ScheduleConfig:
 
     name: Literal["constant", "cosine", "poly", "plateau"] = "cosine"
     warmup_steps: int = 50
+    """At most a tenth of all updates."""
     final_share: float = 0.01
     """Of lr, at the end of cosine and poly, and the least of plateau."""
     power: float = 0.9
@@ -399,6 +413,10 @@ class TrainResourceConfig:
     def __post_init__(self) -> None:
         if self.workers < 0 or self.threads < 0 or self.readers < 1 or self.max_failures < 0:
             raise ConfigError("resources: workers, threads, max_failures >= 0, readers >= 1")
+        if self.threads > 1024 or self.readers > 256:
+            raise ConfigError(
+                f"resources: {self.threads} threads or {self.readers} readers is absurd"
+            )
         if self.min_workers < 0 or (self.workers and self.min_workers > self.workers):
             raise ConfigError(
                 f"resources.min_workers {self.min_workers} is more than workers {self.workers}"
@@ -443,11 +461,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 1 <= len(self.labels) <= 254 or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"labels {list(self.labels)}: 1 to 254 different names")
-        for name in ("epochs", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if min(self.early_stop, self.checkpoint_steps, self.seed) < 0:
-            raise ConfigError("early_stop, checkpoint_steps and seed cannot be negative")
+        for name in (*self.labels, self.name or "x"):
+            if not name.strip() or not name.isprintable() or "/" in name:
+                raise ConfigError(f"{name!r} cannot be a name: printable text without a slash")
+        for key in ("epochs", "batch_size", "validate_every"):
+            if not 1 <= getattr(self, key) <= _MOST:
+                raise ConfigError(f"{key} must be at least 1 and sane, not {getattr(self, key)}")
+        if min(self.early_stop, self.checkpoint_steps) < 0 or not 0 <= self.seed < 1 << 31:
+            raise ConfigError(
+                "early_stop and checkpoint_steps cannot be negative, seed is between 0 and 2^31"
+            )
+        if self.resources.workers > self.batch_size:
+            raise ConfigError(
+                f"{self.resources.workers} workers cannot share a batch of {self.batch_size} slices"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"max_bad_share must be between 0 and 1, not {self.max_bad_share}")
         if self.loss.class_weights and len(self.loss.class_weights) != len(self.labels) + 1:
@@ -565,6 +592,8 @@ def _decode_choice(hint: Any, value: Any, where: str) -> Any:
 def _decode_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} = {value} is not a finite number")
     if not isinstance(hint, type) or type(value) is not hint:
         name = getattr(hint, "__name__", str(hint))
         raise ConfigError(f"{where} = {value!r} is of type {type(value).__name__}, not {name}")

@@ -294,20 +294,25 @@ def split_cases(
     cases: Sequence[IndexedCase], config: SplitConfig, seed: int
 ) -> dict[Part, list[IndexedCase]]:
     """Cases by part. Raises ConfigError if there is nothing to train on, or nothing to judge by."""
-    patients = {case.case_id: patient_of(case.case_id, config.patient) for case in cases}
-    parts = split_patients(patients.values(), config, seed)
+    parts = parts_of_cases([case.case_id for case in cases], config, seed)
     split: dict[Part, list[IndexedCase]] = {"train": [], "validation": [], "test": []}
     for case in cases:
-        split[parts[patients[case.case_id]]].append(case)
-    needed: tuple[Part, ...] = ("train", "validation")
-    for part in needed:
-        if not split[part]:
+        split[parts[case.case_id]].append(case)
+    return split
+
+
+def parts_of_cases(case_ids: Sequence[str], config: SplitConfig, seed: int) -> dict[str, Part]:
+    """The part of each case, by its patient. Raises ConfigError as `split_cases` does."""
+    patients = {case_id: patient_of(case_id, config.patient) for case_id in case_ids}
+    parts = split_patients(patients.values(), config, seed)
+    for part in ("train", "validation"):
+        if part not in parts.values():
             raise ConfigError(
                 f"no patient is left for {part}: {len(parts)} patients in all, split by "
                 f"validation = {config.validation:g}, test = {config.test:g}, folds = {config.folds}"
                 ", seed = " + f"{seed}; change these, or name patients in split.validation_patients"
             )
-    return split
+    return {case_id: parts[patient] for case_id, patient in patients.items()}
 
 
 # The order

@@ -82,7 +82,8 @@ def learning_rate(
         share = max(least, schedule.factor ** _num_plateaus(scores, schedule.patience))
     else:
         share = 1.0
-    warm = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    warm_up = min(schedule.warmup_steps, num_steps // 10)
+    warm = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
     return config.lr * share * warm
 
 

@@ -19,7 +19,10 @@ from torch.nn import functional
 from pipeline.config import Activation, LossConfig, loss_terms
 
 IGNORED = 255
-"""The label of pixels that no loss sees: padding, and slices whose reference cannot be used."""
+"""The label of pixels that no loss sees: around patches, and slices without a usable reference.
+
+Padding that the recipe adds is background, as it is to the network at inference.
+"""
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(logits_NKHW, target_NHW, boundary weights NHW or None) to a scalar."""
@@ -125,12 +128,17 @@ def focal(
     if activation == "softmax":
         target = target_NHW.long().where(counted, 0)
         log_p_NHW = torch.log_softmax(logits, 1).gather(1, target[:, None])[:, 0]
-        losses = -((1 - log_p_NHW.exp()) ** gamma) * log_p_NHW * counted
+        losses = -_power(1 - log_p_NHW.exp(), gamma) * log_p_NHW * counted
         return losses.sum() / _at_least_one(counted.sum())
     labels_NKHW, counted_N1HW = one_hot(target_NHW, logits.shape[1], "sigmoid")
     log_p_NKHW = functional.logsigmoid(torch.where(labels_NKHW > 0, logits, -logits))
-    losses = -((1 - log_p_NKHW.exp()) ** gamma) * log_p_NKHW * counted_N1HW
+    losses = -_power(1 - log_p_NKHW.exp(), gamma) * log_p_NKHW * counted_N1HW
     return losses.sum() / _at_least_one(counted_N1HW.sum() * logits.shape[1])
+
+
+def _power(distance: torch.Tensor, gamma: float) -> torch.Tensor:
+    """distance^gamma, whose slope stays finite at 0 also for gamma below 1."""
+    return distance.clamp_min(1e-6) ** gamma
 
 
 def one_hot(

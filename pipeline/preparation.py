@@ -6,6 +6,9 @@ A training's folder holds `config.json` (the request, frozen), `index.parquet` (
 
 import io
 import json
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,6 +35,7 @@ from pipeline.dataset import (
     indexed_cases,
     make_pool,
     open_sandbox,
+    parts_of_cases,
     split_cases,
     steps_per_epoch,
 )
@@ -51,6 +55,7 @@ from pipeline.transforms.postprocess import Sigmoid
 
 CONFIG_FILE, INDEX_FILE, RESULT_FILE = "config.json", "index.parquet", "result.json"
 BUNDLE_FOLDER = "bundle"
+_LOCK_FILE, _LOCK_STALE_S = "lock.json", 180.0
 _PROBED_CASES = 8
 
 Groups = list[tuple[str, list[CaseRef]]]
@@ -111,6 +116,58 @@ class Request:
     init: Bundle | None
 
 
+def take_lock(out: str) -> None:
+    """Make this process the only one that trains in a folder. Raises ConfigError if another does.
+
+    The lock names host and process. One of a process that is gone, or that has not shown itself for
+    three minutes from another host, is taken over.
+    """
+    uri = storage.join(out, _LOCK_FILE)
+    if storage.create(uri, _lock_text()):
+        return
+    try:
+        other = json.loads(storage.read(uri))
+        alive = _is_alive(other)
+    except (OSError, ValueError, KeyError, TypeError):
+        alive = False
+    if alive:
+        raise ConfigError(
+            f"process {other['pid']} on {other['host']} is training in {out}; wait for it, or "
+            f"delete {_LOCK_FILE} there if it is gone"
+        )
+    storage.write(uri, _lock_text())
+
+
+def show_life(out: str) -> None:
+    """Renew the lock, so that other hosts see that its process lives."""
+    storage.write(storage.join(out, _LOCK_FILE), _lock_text())
+
+
+def release_lock(out: str) -> None:
+    """Let others train in the folder."""
+    storage.remove(storage.join(out, _LOCK_FILE))
+
+
+def _lock_text() -> bytes:
+    return json.dumps(
+        {"host": socket.gethostname(), "pid": os.getpid(), "seen": time.time()}
+    ).encode()
+
+
+def _is_alive(other: Mapping[str, Any]) -> bool:
+    if other["host"] != socket.gethostname():
+        return bool(time.time() - other["seen"] < _LOCK_STALE_S)
+    if other["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(other["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def finished_result(out: str) -> dict[str, Any] | None:
     """The result of a training that has ended, or None."""
     try:
@@ -126,6 +183,9 @@ def check_request(location: str, out_location: str, config: TrainConfig) -> Requ
     """Everything that can be told without opening an image. Raises ConfigError."""
     out = storage.resolve(out_location)
     storage.check_writable(out)
+    if config.model.init:  # workers run in folders of their own
+        model = replace(config.model, init=storage.resolve(config.model.init))
+        config = replace(config, model=model)
     source = open_source(location, config.source, config.limits)
     check_apart(source.uri, out)
     _check_frozen(out, source, config)
@@ -146,6 +206,8 @@ def check_request(location: str, out_location: str, config: TrainConfig) -> Requ
         masks = config.source.masks
         hint = f"no file fits --masks {masks!r}" if masks else "say which files are masks: --masks"
         raise SourceError(f"{source.uri} has no reference masks; {hint}")
+    if all_known:
+        parts_of_cases([case.case_id for case in known], config.split, config.seed)
     source = replace(source, num_buckets=listing.num_buckets)
     return Request(out=out, config=config, source=source, shards=listing.shards, init=init)
 
@@ -158,6 +220,8 @@ def _check_frozen(out: str, source: Source, config: TrainConfig) -> None:
         frozen = json.loads(storage.read(storage.join(out, CONFIG_FILE)))
         before = {**frozen["config"], "source_uri": frozen["source"]}
     except FileNotFoundError:
+        if [info.path for info in storage.list_files(out)] == [_LOCK_FILE]:
+            return
         raise ConfigError(f"{out} exists and is no training; choose another folder") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{out}/{CONFIG_FILE} is damaged; choose another folder") from None
@@ -186,7 +250,8 @@ def freeze(request: Request) -> None:
     """Store the request, so that nobody goes on with another one in this folder."""
     values = {"config": asdict(request.config), "source": request.source.uri}
     uri = storage.join(request.out, CONFIG_FILE)
-    storage.create(uri, json.dumps(values, indent=1).encode())
+    if not storage.create(uri, json.dumps(values, indent=1).encode()):
+        _check_frozen(request.out, request.source, request.config)
 
 
 def make_job(request: Request) -> TrainJob:
@@ -203,7 +268,13 @@ def make_job(request: Request) -> TrainJob:
     in_channels = _in_channels(request, options)
     recipe = _recipe(config, request.init, in_channels)
     softmax = not any(isinstance(step, Sigmoid) for step in recipe.postprocess)
-    options |= {"in_channels": in_channels, "out_channels": len(config.labels) + softmax}
+    out_channels = len(config.labels) + softmax
+    if config.model.options.get("out_channels", out_channels) != out_channels:
+        raise ConfigError(
+            f"model.options.out_channels is {config.model.options['out_channels']!r}, but "
+            f"{len(config.labels)} labels need {out_channels}: leave it out"
+        )
+    options |= {"in_channels": in_channels, "out_channels": out_channels}
     loss_terms(config.loss, "softmax" if softmax else "sigmoid")
     job = TrainJob(
         out=request.out,
@@ -214,13 +285,24 @@ def make_job(request: Request) -> TrainJob:
         recipe=recipe,
         index_digest="",
     )
-    try:
-        model = build_model(job.description)
-    except BundleError as error:
-        raise ConfigError(f"[model] {str(error).partition(': ')[2]}") from None
+    model = _outline(job)
     if request.init is not None:
         _check_init(request.init, model, in_channels)
     return job
+
+
+def _outline(job: TrainJob) -> Any:
+    """The network without memory for its weights. Raises ConfigError if there is no such one."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build_model(job.description)
+    except BundleError as error:
+        raise ConfigError(f"[model] {str(error).partition(': ')[2]}") from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        brief = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(f"[model] this network cannot be built: {brief}") from None
 
 
 def _all_options(architecture: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,15 +502,18 @@ def _try_network(job: TrainJob, height: int, width: int) -> None:
     """Run the network without data, to see whether it takes the size at all."""
     import torch
 
+    config = job.config
+    share = config.batch_size // max(1, config.resources.workers)
+    at_once = max(1, share // config.optimizer.accumulate)
+    model = _outline(job).train()
     with torch.device("meta"):
-        model = build_model(job.description)
         try:
-            model(torch.zeros(2, job.options["in_channels"], height, width))
+            model(torch.zeros(at_once, job.options["in_channels"], height, width))
         except (RuntimeError, ValueError) as error:
             brief = str(error).splitlines()[0][:160]
             raise ConfigError(
-                f"the network cannot be run on slices of {height} x {width} ({brief}); "
-                "set sampling.patch or recipe.side"
+                f"the network cannot be trained on {at_once} slices of {height} x {width} at once "
+                f"({brief}); set sampling.patch, recipe.side or batch_size higher, or accumulate lower"
             ) from None
 
 

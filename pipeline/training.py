@@ -7,7 +7,7 @@ and exports. Started again on the same folder it goes on where the newest good c
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from pipeline.dataset import (
     Leg,
     ReadyCase,
     SlicePool,
+    count_index,
     draw_epoch,
     indexed_cases,
     make_pool,
@@ -41,16 +42,18 @@ from pipeline.dataset import (
     split_cases,
     steps_per_epoch,
 )
-from pipeline.errors import ResegError, TooManyBadImages
+from pipeline.errors import ConfigError, ResegError, TooManyBadImages
 from pipeline.inference import Prediction, Predictor, PreparedCase, choose_device, keep_freed_memory
 from pipeline.learning import Learner, Ranks, learning_rate, validations_since_best, with_prefix
 from pipeline.loading import CaseReader, TrainCase, iter_batches, train_case, unlabelled_case
 from pipeline.losses import boundary_weights, make_loss
 from pipeline.planning import code_version
-from pipeline.preparation import BUNDLE_FOLDER, RESULT_FILE, TrainJob, read_index
+from pipeline.preparation import BUNDLE_FOLDER, INDEX_FILE, RESULT_FILE, TrainJob, read_index
+from pipeline.records import Problem
 from pipeline.report import draw_curves, draw_sheet
 from pipeline.transforms import Recipe
 from pipeline.transforms.augment import sample_seeds
+from pipeline.transforms.postprocess import Sigmoid
 from pipeline.validation import (
     Reader,
     Row,
@@ -140,7 +143,7 @@ class _Worker:
         index = read_index(job.out)
         if index is None:
             raise ResegError(f"{job.out} has no index; start `reseg train` again")
-        self.num_images = sum(index.column("num_images").to_pylist())
+        self.counts = count_index(index, len(config.labels))
         split = split_cases(indexed_cases(index), config.split, config.seed)
         self.pool: SlicePool = make_pool(split["train"])
         self.steps_per_epoch = steps_per_epoch(self.pool, config.sampling, config.batch_size)
@@ -287,9 +290,9 @@ class _Worker:
             "in a new folder"
         )
 
-    def _collect_problems(self) -> None:
+    def _collect_problems(self, others: Mapping[str, Problem] | None = None) -> None:
         """Cases that could no longer be read, of all workers. Raises TooManyBadImages."""
-        mine = {**self.train_reader.problems, **self.validation_reader.problems}
+        mine = {**self.train_reader.problems, **self.validation_reader.problems, **(others or {})}
         plain = {k: [str(v.error_class), v.message] for k, v in mine.items()}
         for theirs in self.ranks.gather(plain):
             self.progress.bad_cases |= theirs
@@ -297,7 +300,7 @@ class _Worker:
         if not bad:
             return
         sizes = {c.case_id: len(c.ref.slices) for part in self.split.values() for c in part}
-        share = sum(sizes[case_id] for case_id in bad) / max(1, self.num_images)
+        share = sum(sizes[case_id] for case_id in bad) / max(1, self.counts.num_images)
         if share > self.config.max_bad_share:
             case_id, (kind, message) = sorted(bad.items())[0]
             raise TooManyBadImages(
@@ -319,10 +322,7 @@ class _Worker:
                 for ready, prediction in self._decided(predictor, predictor.decide)
                 for row in score_case(ready, prediction, self.job.recipe, self.config.labels)
             ]
-        rows = sorted(
-            (row for part in self.ranks.gather(mine) for row in part),
-            key=lambda row: (row["case_id"], row["label"]),
-        )
+        rows = _in_case_order(row for part in self.ranks.gather(mine) for row in part)
         score = mean_dice(rows)
         best = self.progress.best
         if best is None or (score is not None and score > (best["score"] or -1)):
@@ -406,9 +406,16 @@ class _Worker:
         """Take up the newest checkpoint that holds, if there is one."""
         found = checkpoint.load_latest(self.job.out, self.notes.append)
         self.ranks.gather(None)  # nobody writes before all have read
+        if self.ranks.rank == 0:
+            checkpoint.set_aside_after(self.job.out, found[0]["step"] if found else -1)
         if found is None:
             return
         values, tensors = found
+        if values["index_digest"] != self.job.index_digest:
+            raise ConfigError(
+                f"the checkpoints in {self.job.out} were trained on other data than its "
+                f"{INDEX_FILE} holds now; put the source back as it was, or use another folder"
+            )
         self.learner.load_state(values, tensors)
         known = {name: values[name] for name in asdict(self.progress) if name in values}
         known["legs"] = [(int(world), int(steps)) for world, steps in known["legs"]]
@@ -432,18 +439,19 @@ class _Worker:
     def _export(self) -> dict[str, Any]:
         """Best weights as a bundle, curves, samples, and the result, which is written last."""
         self._enter("exporting")
+        weights = self._best_weights()
         best = self.progress.best
         assert best is not None
-        _, weights = checkpoint.load(self.job.out, best["name"])
         self.learner.averaged.load_state_dict(weights)
         recipe, threshold = self.job.recipe, None
         with self.learner.evaluated() as model:
             predictor = self._predictor(model)
             if self.config.calibrate_threshold:
-                recipe, threshold = self._calibrate(predictor)
+                recipe, threshold, rows = self._calibrate(predictor, best["cases"])
+                best = {**best, "cases": rows, "score": mean_dice(rows)}
             test = self._score_test(predictor, recipe)
             if self.ranks.rank == 0:
-                self._write_samples(predictor, best["cases"])
+                self._write_samples(predictor, recipe, best["cases"])
         if self.ranks.rank:
             return {}
         self._write_curves()
@@ -453,6 +461,21 @@ class _Worker:
         text = json.dumps(result, indent=1).encode()
         storage.write(storage.join(self.job.out, RESULT_FILE), text)
         return result
+
+    def _best_weights(self) -> dict[str, torch.Tensor]:
+        """The best weights; where they were damaged the last ones, judged anew."""
+        best, weights = self.progress.best, None
+        assert best is not None
+        try:
+            _, weights = checkpoint.load(self.job.out, best["name"])
+        except checkpoint.DamagedCheckpoint as error:
+            self.notes.append(f"{error}; the last weights are exported instead")
+        if all(self.ranks.gather(weights is not None)):
+            assert weights is not None
+            return weights
+        self.progress.best = None
+        self._validate()
+        return {k: v.clone() for k, v in self.learner.averaged.state_dict().items()}
 
     def _score_test(self, predictor: Predictor, recipe: Recipe) -> list[Row]:
         """The cases that were held back, looked at once."""
@@ -465,6 +488,7 @@ class _Worker:
                 )
                 for row in score_case(ready, prediction, recipe, self.config.labels)
             ]
+            self._collect_problems(reader.problems)
         return [row for part in self.ranks.gather(rows) for row in part]
 
     def _result(
@@ -492,16 +516,20 @@ class _Worker:
             "train_seconds": round(progress.train_seconds, 3),
             "workers": self.ranks.world,
             "device": self.device.type,
+            "bad": self.counts.bad_by_class,
+            "bad_images": [list(item) for item in self.counts.bad],
             "bad_cases": progress.bad_cases,
             "notes": self.notes,
         }
 
-    def _calibrate(self, predictor: Predictor) -> tuple[Recipe, float | None]:
-        """The threshold with the best mean validation Dice (of equals nearest 0.5), and its recipe."""
+    def _calibrate(
+        self, predictor: Predictor, rows_before: list[Row]
+    ) -> tuple[Recipe, float | None, list[Row]]:
+        """The recipe with the best mean validation Dice (of equals nearest 0.5), and its scores."""
         recipes = recipes_by_threshold(self.job.recipe)
         if not recipes:
             self.notes.append("the recipe decides by argmax: there is no threshold to calibrate")
-            return self.job.recipe, None
+            return self.job.recipe, None, rows_before
 
         def decide_all(case: PreparedCase) -> dict[float, Prediction]:
             return {at: predictor.decide(case, recipe) for at, recipe in recipes.items()}
@@ -511,9 +539,9 @@ class _Worker:
             for at, prediction in predictions.items():
                 rows[at] += score_case(ready, prediction, recipes[at], self.config.labels)
         parts = self.ranks.gather(rows)
-        scores = {at: mean_dice([row for part in parts for row in part[at]]) for at in recipes}
-        best = max(recipes, key=lambda at: (scores[at] or 0.0, -abs(at - 0.5)))
-        return recipes[best], best
+        merged = {at: _in_case_order(row for part in parts for row in part[at]) for at in recipes}
+        best = max(recipes, key=lambda at: (mean_dice(merged[at]) or 0.0, -abs(at - 0.5)))
+        return recipes[best], best, merged[best]
 
     def _save_bundle(
         self, weights: Mapping[str, torch.Tensor], recipe: Recipe, result: Mapping[str, Any]
@@ -557,7 +585,9 @@ class _Worker:
         picture = draw_curves(progress.losses, progress.rates, progress.epochs)
         storage.write(storage.join(self.job.out, "curves.png"), picture)
 
-    def _write_samples(self, predictor: Predictor, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write_samples(
+        self, predictor: Predictor, recipe: Recipe, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Of the worst validation cases the slice with most wrong pixels, outlined; worst first."""
         known = [row for row in rows if row["dice"] is not None]
         worst: list[str] = []
@@ -570,9 +600,9 @@ class _Worker:
         chosen = [by_id[case_id] for case_id in worst]
         with closing(_validation_reader(self.job, chosen, keep_pixels=True)) as reader:
             pictures = [
-                draw_case(ready, prediction, self.job.recipe, dice[ready.decoded.case_id])
+                draw_case(ready, prediction, recipe, dice[ready.decoded.case_id])
                 for ready, prediction in decided_cases(
-                    reader, len(chosen), predictor, predictor.decide
+                    reader, len(chosen), predictor, lambda case: predictor.decide(case, recipe)
                 )
             ]
         if pictures:
@@ -585,18 +615,35 @@ class _Worker:
 def initial_model(job: TrainJob) -> nn.Module:
     """The network before its first update: from the seed, or from `model.init`.
 
-    Tensors of the head whose shape follows from the number of labels start from the seed where
-    the bundle has another number.
+    Of the head, the channels of labels that the bundle knows by name are taken over, if both end in
+    the same activation; the others start from the seed.
     """
     torch.manual_seed(job.config.seed)
     model = build_model(job.description)
     if job.config.model.init:
-        known = load_model(load_bundle(job.config.model.init)).state_dict()
-        wanted = model.state_dict()
-        model.load_state_dict(
-            {k: known[k] if known[k].shape == v.shape else v for k, v in wanted.items()}
-        )
+        init = load_bundle(job.config.model.init)
+        known, state = load_model(init).state_dict(), model.state_dict()
+        before, now = _channel_names(init), _channel_names(job.description)
+        for name, value in state.items():
+            if not name.startswith("head."):
+                value.copy_(known[name])
+                continue
+            for channel, label in enumerate(now):
+                if label in before:
+                    value[channel] = known[name][before.index(label)]
+        model.load_state_dict(state)
     return model
+
+
+def _channel_names(bundle: Bundle) -> list[str]:
+    """What each output channel of a bundle's network stands for, activation included."""
+    if any(isinstance(step, Sigmoid) for step in bundle.recipe.postprocess):
+        return [f"sigmoid {label}" for label in bundle.labels]
+    return ["softmax, background", *(f"softmax {label}" for label in bundle.labels)]
+
+
+def _in_case_order(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["case_id"], row["label"]))
 
 
 def _train_reader(job: TrainJob, cases: Sequence[IndexedCase]) -> CaseReader[TrainCase]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import ResourceConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageFailed
 
 _CONNECT_HINT = "is a Ray cluster running there, and is its token in RAY_AUTH_TOKEN_PATH?"
 
@@ -52,8 +52,13 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
             else:
                 _check_reachable(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (a slow start is a bare Exception of Ray's)
         brief = (str(error).splitlines() or [""])[0]
+        if address is None:
+            raise StageFailed(
+                f"Ray did not start on this machine: {brief or type(error).__name__}; where it is "
+                "only slow, the same command again will do"
+            ) from None
         raise ConfigError(
             f"cannot connect to Ray at {address!r}: {brief}; {_CONNECT_HINT}"
         ) from None
@@ -82,6 +87,7 @@ def _start_local(wanted_cpus: int, object_store_bytes: int) -> None:
 
     # Ray's 15 would hand the cores to whatever else runs; a program of the user's does not do that
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few for a busy machine
     ray.init(
         address="local",
         num_cpus=max(num_cores(), wanted_cpus) + 1,

@@ -4,18 +4,21 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline import results, storage
+from pipeline.bundle import load_bundle
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, SourceError
 from pipeline.flows.segment import Report, run_segment
+from pipeline.formats import FORMATS, open_source
 from pipeline.report import draw_dice_bars
 
 _RESULTS, _TABLE, _CHART, _SUMMARY = "results", "cases.csv", "dice.png", "evaluation.json"
+_MARK = ".reseg-evaluation"
 _COLUMNS = ("case_id", "label", "label_name", "dice", "iou", "hd95", "assd", "tp", "fp", "fn")
 _RESAMPLES = 10_000
 
@@ -58,14 +61,21 @@ def run_evaluate(
 ) -> Evaluation:
     """Segment `location` into `OUT/results`, and write `cases.csv`, `dice.png` and `evaluation.json`.
 
-    Run again it computes only what changed. Raises ConfigError if OUT holds something else,
+    Run again it computes only what changed; bad images and cases without a reference do not stop it,
+    they are counted. Raises ConfigError if OUT holds something else,
     SourceError if no case has a reference.
     """
     out = storage.resolve(out_location)
-    mark = storage.join(out, _SUMMARY)
-    results_uri = storage.join(out, _RESULTS)
-    if not storage.is_empty(out) and storage.is_empty(results_uri):
+    mark, results_uri = storage.join(out, _MARK), storage.join(out, _RESULTS)
+    if not storage.is_empty(out) and storage.file_info(mark) is None:
         raise ConfigError(f"{out} exists and is no evaluation; choose another folder with --out")
+    load_bundle(bundle_location)
+    _check_references(location, config)
+    storage.check_writable(out)
+    storage.create(mark, b"")
+    config = replace(
+        config, source=replace(config.source, references="optional"), max_bad_share=1.0
+    )
     run_segment(location, results_uri, bundle_location, config, address=address, report=report)
     night = results.open_night(results_uri)
     assert night is not None
@@ -74,8 +84,21 @@ def run_evaluate(
     plain = evaluation.to_plain()
     storage.write(storage.join(out, _TABLE), _as_csv(evaluation.rows))
     storage.write(storage.join(out, _CHART), _chart(evaluation))
-    storage.write(mark, json.dumps(plain, indent=1).encode())
+    storage.write(storage.join(out, _SUMMARY), json.dumps(plain, indent=1).encode())
     return evaluation
+
+
+def _check_references(location: str, config: SegmentConfig) -> None:
+    """Say at once what would be found out only after everything was segmented."""
+    source = open_source(location, config.source, config.limits)
+    listing = FORMATS[source.format].list_shards(source)
+    known = [case for shard in listing.shards for case in shard.cases or ()]
+    all_known = all(shard.cases is not None for shard in listing.shards)
+    has_masks = any(item.mask for case in known for item in case.slices)
+    if config.source.references == "ignore" or (all_known and known and not has_masks):
+        raise SourceError(
+            f"{source.uri} has no reference masks to compare with; say which files they are: --masks"
+        )
 
 
 def _evaluate(out: str, bundle: str, rows: Sequence[Mapping[str, Any]]) -> Evaluation:
@@ -103,7 +126,7 @@ def _evaluate(out: str, bundle: str, rows: Sequence[Mapping[str, Any]]) -> Evalu
             if any(row["label_name"] == name for row in ordered)
         },
         num_both_empty=empty,
-        num_without_reference=sum(row["tp"] is None for row in rows),
+        num_without_reference=len({row["case_id"] for row in rows if row["tp"] is None}),
         num_bad_images=sum({row["case_id"]: row["num_bad"] for row in rows}.values()),
     )
 

@@ -31,7 +31,10 @@ from pipeline.preparation import (
     freeze,
     make_job,
     read_index,
+    release_lock,
     shard_groups,
+    show_life,
+    take_lock,
     with_index,
     write_index,
 )
@@ -40,6 +43,7 @@ from pipeline.telemetry import RunLog
 _RAY_FOLDER = "_ray"
 _STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.5
+_SIGN_OF_LIFE_S = 30.0
 _MOST_THREADS = 16
 """More threads than this do not make a U-Net faster."""
 
@@ -84,16 +88,17 @@ def run_train(
     log = RunLog(storage.join(request.out, "log.jsonl"))
     wanted = max(1, config.resources.workers) * (config.resources.threads or 1)
     try:
-        with connect(address, wanted):
+        with connect(address, wanted), _Locked(request.out) as lock:
             crew = plan_crew(config.resources, config.batch_size)
             if index is None:
                 index = _index_on_ray(job.index_job, groups, report)
             counts = check_index(job, index)
+            lock.take()
             freeze(request)
             job = with_index(job, index)
             write_index(request.out, index)
             log("start", index=job.index_digest, images=counts.num_images, bad=counts.bad_by_class)
-            _train(job, crew, report)
+            _train(job, crew, report, lock)
     except BaseException as error:
         log("stopped", reason=type(error).__name__)
         raise
@@ -103,7 +108,6 @@ def run_train(
     result = finished_result(request.out)
     if result is None:
         raise StageFailed(f"the workers ended without a result in {request.out}; start it again")
-    result["bad"] = counts.bad_by_class
     return {**result, "seconds": round(time.monotonic() - started, 3), "trained": True}
 
 
@@ -122,7 +126,7 @@ def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
     workers = resources.workers or (gpus if use_gpu else 1)
     if use_gpu and workers > gpus:
         raise ConfigError(f"{workers} workers need {workers} GPUs, the cluster has {gpus}")
-    if workers > batch_size:
+    if workers > batch_size:  # as many as there are GPUs, where nothing was said
         raise ConfigError(f"{workers} workers cannot share a batch of {batch_size} slices")
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
@@ -163,6 +167,32 @@ def _index_on_ray(job: IndexJob, groups: Groups, report: Report) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+class _Locked:
+    """The lock of a training's folder, from `take` to the end of the block, and signs of life."""
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._seen: float | None = None
+
+    def __enter__(self) -> "_Locked":
+        return self
+
+    def take(self) -> None:
+        """Raises ConfigError if another process trains there."""
+        take_lock(self._out)
+        self._seen = time.monotonic()
+
+    def renew(self) -> None:
+        """To be called every now and then."""
+        if self._seen is not None and time.monotonic() - self._seen > _SIGN_OF_LIFE_S:
+            show_life(self._out)
+            self._seen = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self._seen is not None:
+            release_lock(self._out)
+
+
 class _Board:
     """Where worker 0 says how far it is, and reads whether to stop; an actor beside the driver."""
 
@@ -181,7 +211,7 @@ class _Board:
         self._stop = True
 
 
-def _train(job: TrainJob, crew: Crew, report: Report) -> None:
+def _train(job: TrainJob, crew: Crew, report: Report, lock: _Locked) -> None:
     """Run the workers to their end, showing how far they are. Raises what they raised."""
     import ray
 
@@ -202,6 +232,7 @@ def _train(job: TrainJob, crew: Crew, report: Report) -> None:
         while thread.is_alive():
             thread.join(_POLL_S)
             _show(ray.get(board.read.remote()), report)
+            lock.renew()
     except KeyboardInterrupt:
         with suppress(Exception):
             ray.get(board.stop.remote())

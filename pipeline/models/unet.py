@@ -44,6 +44,13 @@ class UNetOptions:
         for name in ("in_channels", "out_channels", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"unet.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"unet.dropout must be in [0, 1), not {self.dropout}")
+        if max(self.in_channels, self.out_channels) > 1024:
+            raise ConfigError(
+                f"a U-Net of {self.in_channels} input and {self.out_channels} output channels"
+                " is too large"
+            )
         if self.depth > 8 or self.width > 1024:
             raise ConfigError(f"a U-Net of depth {self.depth} and width {self.width} is too large")
         if self.width % 2 and self.up != "transposed":

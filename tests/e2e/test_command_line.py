@@ -164,7 +164,7 @@ def test_an_evaluation_from_the_command_line(reseg, phantoms, demo_bundle, tmp_p
     again = call(reseg, *common, cwd=tmp_path)
     assert f"mean Dice {found['mean_dice']:.4f} (95 % interval" in again.stdout
     folder = tmp_path / "reseg-evaluation"
-    assert {"cases.csv", "dice.png", "evaluation.json", "results"} == {
+    assert {".reseg-evaluation", "cases.csv", "dice.png", "evaluation.json", "results"} == {
         path.name for path in folder.iterdir()
     }
 

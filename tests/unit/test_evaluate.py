@@ -81,7 +81,8 @@ def test_an_evaluation_is_a_table_a_chart_and_the_same_scores_as_the_results(
 def test_a_folder_of_something_else_is_left_alone(
     evaluated, phantoms, tmp_path, demo_bundle, config
 ):
-    (tmp_path / "mine.txt").write_text("dear")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is no evaluation"):
         evaluated(str(phantoms), demo_bundle, str(tmp_path), config())
 
@@ -89,7 +90,7 @@ def test_a_folder_of_something_else_is_left_alone(
 def test_without_references_there_is_nothing_to_score(
     evaluated, phantoms, tmp_path, demo_bundle, config
 ):
-    with pytest.raises(SourceError, match="nothing to compare with"):
+    with pytest.raises(SourceError, match="no reference masks to compare with"):
         evaluated(
             str(phantoms), demo_bundle, str(tmp_path / "e"), config(source__references="ignore")
         )

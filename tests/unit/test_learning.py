@@ -65,6 +65,8 @@ def test_courses_of_the_learning_rate():
     assert set(rates(ScheduleConfig(name="constant", warmup_steps=0))) == {1.0}
     warm = rates(ScheduleConfig(name="constant", warmup_steps=10))
     assert warm[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    short = rates(ScheduleConfig(name="constant", warmup_steps=50), steps=20)
+    assert short[:2] == pytest.approx([0.5, 1.0])
 
 
 def test_the_rate_falls_after_each_plateau():

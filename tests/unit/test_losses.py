@@ -117,6 +117,13 @@ def test_focal_loss_is_cross_entropy_at_gamma_0_and_falls_with_gamma():
     assert focal(z, binary, "sigmoid", gamma=0.0).item() == pytest.approx(bce, rel=1e-6)
 
 
+def test_slopes_of_the_focal_loss_stay_finite_for_certain_pixels():
+    for gamma in (0.5, 1.0, 2.0):
+        z = torch.full((1, 1, 1, 1), 40.0, requires_grad=True)
+        focal(z, labels(1), "sigmoid", gamma=gamma).backward()
+        assert torch.isfinite(z.grad).all()
+
+
 def test_gaps_between_close_objects_weigh_most():
     mask = np.zeros((9, 21), np.uint8)
     mask[:, :8], mask[:, 11:] = 1, 1

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,67 @@ def test_no_flipped_or_cut_checkpoint_is_accepted(tmp_path):
     checkpoint.load(out, "step-1")
 
 
+def test_new_checkpoints_are_kept_though_all_old_ones_are_damaged(phantoms, tmp_path, always_told):
+    out = tmp_path / "out"
+    train(phantoms, out, tell=stop_after(20))
+    for file in (out / checkpoint.FOLDER).glob("step-*.safetensors"):
+        file.write_bytes(b"rubbish")
+    assert train(phantoms, out, tell=stop_after(5)) is None
+    assert checkpoint.names(str(out), "step-")[-1] <= checkpoint.step_name(8)
+    result = train(phantoms, out)
+    assert len(losses(out)) == 27
+    assert not result["notes"]
+
+
+def test_a_damaged_best_checkpoint_is_replaced_by_the_last_weights(phantoms, tmp_path):
+    out = tmp_path / "out"
+    train(phantoms, out)
+    shutil.rmtree(out / "bundle")
+    (out / "result.json").unlink()
+    for file in (out / checkpoint.FOLDER).glob("best-*.safetensors"):
+        file.write_bytes(b"rubbish")
+    result = train(phantoms, out)
+    assert any("the last weights are exported instead" in note for note in result["notes"])
+    assert result["mean_dice"] == result["last_dice"]
+    verify_bundle(load_bundle(result["bundle"]))
+
+
+def test_other_data_under_the_same_checkpoints_are_refused(own_phantoms, tmp_path, always_told):
+    out = tmp_path / "out"
+    train(own_phantoms, out, tell=stop_after(12))
+    (out / "index.parquet").unlink()
+    shutil.rmtree(own_phantoms / "phantom_0003")
+    with pytest.raises(ConfigError, match="trained on other data"):
+        train(own_phantoms, out)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    out = str(tmp_path)
+    preparation.take_lock(out)
+    preparation.take_lock(out)  # of this very process: left behind, or ours
+    lock = tmp_path / "lock.json"
+    values = json.loads(lock.read_text())
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        lock.write_text(json.dumps({**values, "pid": sleeper.pid}))
+        with pytest.raises(ConfigError, match=f"process {sleeper.pid} on .* is training"):
+            preparation.take_lock(out)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    preparation.take_lock(out)  # its owner is gone
+    for age, free in ((10, False), (1000, True)):
+        seen = values["seen"] - age
+        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "seen": seen}))
+        if free:
+            preparation.take_lock(out)
+        else:
+            with pytest.raises(ConfigError, match="on elsewhere"):
+                preparation.take_lock(out)
+    preparation.release_lock(out)
+    assert not lock.exists()
+
+
 def test_best_and_last_two_checkpoints_are_kept(phantoms, tmp_path):
     train(phantoms, tmp_path / "out", epochs=5)
     assert checkpoint.names(str(tmp_path / "out"), "step-") == [
@@ -262,11 +325,26 @@ def test_test_patients_are_scored_once_and_never_trained_on(phantoms, tmp_path):
     assert result["test_dice"] == result["test_cases"][0]["dice"]
 
 
+def test_a_test_case_that_vanished_is_told(own_phantoms, tmp_path):
+    config = configured(split__test_patients=["phantom_0005"], max_bad_share=0.3, epochs=1)
+    job = make_job(own_phantoms, tmp_path / "out", config)
+    shutil.rmtree(own_phantoms / "phantom_0005")
+    result = run_worker(job, device="cpu")
+    assert list(result["bad_cases"]) == ["phantom_0005"]
+    assert result["test_dice"] is None
+
+
 def test_a_calibrated_threshold_is_the_best_one_and_goes_into_the_bundle(phantoms, tmp_path):
     result = train(phantoms, tmp_path / "out", calibrate_threshold=True)
     steps = load_bundle(result["bundle"]).recipe.to_plain()["postprocess"]
     assert {"step": "threshold", "at": result["threshold"]} in steps
     assert 0.1 <= result["threshold"] <= 0.9
+    plain = train(phantoms, tmp_path / "plain")
+    assert result["mean_dice"] >= plain["mean_dice"]
+    found = np.mean([row["dice"] for row in result["cases"]])
+    assert result["mean_dice"] == pytest.approx(found)
+    if result["threshold"] != 0.5:
+        assert result["cases"] != plain["cases"]
 
 
 def test_patches_weights_and_every_loss_train(phantoms, tmp_path):
@@ -316,6 +394,33 @@ def test_fine_tuning_with_other_labels_keeps_all_but_the_head(phantoms, two_labe
     assert {row["label_name"] for row in result["cases"]} == {"left", "right"}
 
 
+def test_heads_are_taken_over_by_the_names_of_labels(two_labels, tmp_path):
+    from pipeline.training import initial_model
+
+    first = train(two_labels, tmp_path / "first", epochs=1, labels=["left", "right"])
+    swapped = configured(
+        labels=["right", "new", "left"], model__init=first["bundle"], model__options={}
+    )
+    masks = list(two_labels.glob("*/*_mask.png"))
+    for path in masks:
+        mask = np.asarray(Image.open(path)).copy()
+        mask[:3][mask[:3] == 0] = 3
+        Image.fromarray(mask).save(path)
+    job = make_job(two_labels, tmp_path / "second", swapped)
+    known = load_model(load_bundle(first["bundle"])).head.weight
+    fresh = initial_model(job).head.weight
+    assert torch.equal(fresh[[0, 1, 3]], known[[0, 2, 1]])
+
+
+def test_a_relative_bundle_is_found_from_wherever_workers_run(phantoms, tmp_path, monkeypatch):
+    train(phantoms, tmp_path / "first", epochs=1)
+    monkeypatch.chdir(tmp_path)
+    tuned = configured(model__init="first/bundle", model__options={})
+    job = make_job(phantoms, tmp_path / "second", tuned)
+    monkeypatch.chdir("/")
+    assert run_worker(job, device="cpu") is not None
+
+
 def test_initial_weights_that_do_not_fit_are_refused(phantoms, tmp_path):
     first = train(phantoms, tmp_path / "first", epochs=1)
     for options, message in (
@@ -358,6 +463,39 @@ def test_nobody_to_judge_by(phantoms, tmp_path):
         make_job(phantoms, tmp_path / "out", config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.clip_norm": float("nan")}, "optimizer.clip_norm = nan is not a finite number"),
+        ({"loss.smooth": float("inf")}, "is not a finite number"),
+        ({"loss.focal_gamma": -3.0}, "focal_gamma cannot be negative"),
+        ({"model.options": {"dropout": 7.0}}, r"dropout must be in \[0, 1\)"),
+        ({"model.options": {"in_channels": 10**9}}, "too large"),
+        ({"model.options": {"out_channels": 5}}, "1 labels need 1: leave it out"),
+        ({"seed": 2**63}, "seed is between"),
+        ({"sampling.slices_per_epoch": 10**14}, "absurd"),
+        ({"epochs": 10**22}, "sane"),
+        ({"labels": [" "]}, "cannot be a name"),
+        ({"name": "a/b"}, "cannot be a name"),
+        ({"source.mask_values": "0=0,255=300"}, "labels are 0 to 254"),
+        ({"resources.workers": 5}, "5 workers cannot share a batch of 4"),
+        ({"sampling.patch": 4, "batch_size": 1}, "cannot be trained on 1 slices of 4 x 4"),
+    ],
+)
+def test_requests_that_cannot_work_are_told_before_anything_is_written(
+    changes, message, phantoms, tmp_path
+):
+    with pytest.raises(ConfigError, match=message):
+        make_job(phantoms, tmp_path / "out", load_config(TrainConfig, options=SMALL | changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_cannot_work_is_told_before_an_image_is_opened(phantoms, tmp_path):
+    config = configured(split__validation_patients=[], split__validation=0.0)
+    with pytest.raises(ConfigError, match="no patient is left for validation"):
+        preparation.check_request(str(phantoms), str(tmp_path / "out"), config)
+
+
 def test_an_empty_source(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(SourceError, match="holds no image"):
@@ -386,6 +524,13 @@ def test_bad_images_are_left_out_counted_and_stop_above_the_share(own_phantoms, 
     job = make_job(own_phantoms, tmp_path / "b", configured())
     counts = preparation.count_index(preparation.read_index(job.out), 1)
     assert [item[2] for item in counts.bad] == [ErrorClass.NOT_AN_IMAGE] * 2
+    result = run_worker(job, device="cpu")
+    assert result["bad"] == {"NotAnImage": 2}
+    assert [item[:2] for item in result["bad_images"]] == [
+        ["phantom_0000", "1"],
+        ["phantom_0000", "2"],
+    ]
+    assert preparation.finished_result(job.out)["bad"] == result["bad"]
 
 
 def test_a_case_that_changes_while_training_is_left_out_and_told(own_phantoms, tmp_path):
