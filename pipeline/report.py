@@ -26,17 +26,32 @@ def draw_overlay(
     """The image, enlarged to at least `min_side` pixels, with one-pixel outlines and a caption.
 
     image: C = 1 or 3, any dtype, stretched between its 0.5 and 99.5 percentile. The mask's labels
-    take the colours of MASK_COLOURS in turn, the reference is green.
+    take the colours of MASK_COLOURS in turn, the reference is green; with several labels its
+    outlines are pale tints of the labels' colours.
     """
     scale = max(1, -(-min_side // max(image_HWC.shape[:2])))
     picture = _enlarge(_as_rgb(image_HWC), scale)
+    maps = [item for item in (reference_HW, mask_HW) if item is not None]
+    labels = sorted({int(label) for item in maps for label in np.unique(item) if label})
     if reference_HW is not None:
-        picture[_outline(_enlarge(reference_HW > 0, scale))] = REFERENCE_COLOUR
+        for label in labels:
+            colour = _reference_colour(label, many=labels != [1])
+            picture[_outline(_enlarge(reference_HW == label, scale))] = colour
     if mask_HW is not None:
-        for label in np.unique(mask_HW[mask_HW > 0]):
-            colour = MASK_COLOURS[(int(label) - 1) % len(MASK_COLOURS)]
-            picture[_outline(_enlarge(mask_HW == label, scale))] = colour
-    return _with_caption(picture, caption, has_reference=reference_HW is not None)
+        for label in labels:
+            picture[_outline(_enlarge(mask_HW == label, scale))] = _mask_colour(label)
+    return _with_caption(picture, caption, labels or [1], has_reference=reference_HW is not None)
+
+
+def _mask_colour(label: int) -> tuple[int, ...]:
+    return MASK_COLOURS[(label - 1) % len(MASK_COLOURS)]
+
+
+def _reference_colour(label: int, *, many: bool) -> tuple[int, ...]:
+    """Green, or with several labels a tint of the label's colour, halfway to white and more."""
+    if not many:
+        return REFERENCE_COLOUR
+    return tuple((value + 2 * 255) // 3 for value in _mask_colour(label))
 
 
 def _enlarge(array: npt.NDArray[Any], scale: int) -> npt.NDArray[Any]:
@@ -57,16 +72,24 @@ def _outline(mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _with_caption(
-    picture: npt.NDArray[np.uint8], caption: str, *, has_reference: bool
+    picture: npt.NDArray[np.uint8], caption: str, labels: Sequence[int], *, has_reference: bool
 ) -> Image.Image:
     height, width = picture.shape[:2]
     page = Image.new("RGB", (width, height + 2 * _CAPTION_PX), (20, 20, 20))
     page.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(page)
     draw.text((6, height + 3), _fit(draw, caption, width - 12), fill=(230, 230, 230))
-    draw.text((6, height + 3 + _CAPTION_PX), "mask", fill=MASK_COLOURS[0])
+    many = labels != [1]
+    words = [(f"mask {label}" if many else "mask", _mask_colour(label)) for label in labels]
     if has_reference:
-        draw.text((46, height + 3 + _CAPTION_PX), "reference", fill=REFERENCE_COLOUR)
+        words += [
+            (f"reference {label}" if many else "reference", _reference_colour(label, many=many))
+            for label in labels
+        ]
+    left = 6.0
+    for word, colour in words:
+        draw.text((left, height + 3 + _CAPTION_PX), word, fill=colour)
+        left += draw.textlength(word) + 14
     return page
 
 
@@ -121,7 +144,7 @@ def draw_curves(
             (at[best], dice[best]),
             (0, 6),
             textcoords="offset points",
-            ha="center",
+            ha="right" if at[best] > 0.9 * len(losses) else "center",
             color="#c8553d",
         )
         right.set_ylim(0, 1.05)

@@ -51,6 +51,20 @@ def test_a_sheet_holds_all_pictures_in_order():
     assert [sheet[2, 2, 0], sheet[2, 26, 0], sheet[16, 2, 0]] == [40, 80, 120]
 
 
+def test_each_label_has_a_colour_and_its_reference_a_tint_of_it():
+    image = np.zeros((64, 64, 1), np.uint8)
+    mask, reference = np.zeros((2, 64, 64), np.uint8)
+    mask[5:25, 5:25], mask[5:25, 35:60] = 1, 2
+    reference[35:60, 5:25], reference[35:60, 35:60] = 2, 1
+    picture = np.asarray(draw_overlay(image, mask, reference, "c", 360))[:384]
+    corner = {"mask 1": picture[:192, :192], "mask 2": picture[:192, 192:]}
+    assert close_to(corner["mask 1"], (235, 64, 52)).any()
+    assert close_to(corner["mask 2"], (66, 135, 245)).any()
+    assert close_to(picture[192:, :192], (192, 215, 251)).any()
+    assert close_to(picture[192:, 192:], (248, 191, 187)).any()
+    assert not close_to(picture, (76, 217, 100)).any()
+
+
 def test_overlays_of_worst_cases_outline_both():
     image = np.zeros((64, 64, 1), np.uint8)
     mask, reference = np.zeros((2, 64, 64), np.uint8)
