@@ -129,6 +129,7 @@ def test_killed_worker_killed_driver_and_resume_give_the_unbroken_losses(
     assert resumed["bundle_digest"] != ""
 
 
+@pytest.mark.storm
 def test_control_c_writes_a_checkpoint_and_the_same_command_goes_on(
     unbroken, reseg, phantoms, tmp_path
 ):
