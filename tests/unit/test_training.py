@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -117,10 +118,14 @@ def test_a_training_becomes_a_bundle_that_segments(
 
 
 def cpu_model() -> str:
-    """The processor's name: oneDNN chooses its order of additions by it."""
+    """Name, family and model of the processor: oneDNN chooses its order of additions by it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+    values = dict(
+        re.split(r"\s*:\s*", line, maxsplit=1)
+        for line in (info.read_text().split("\n\n")[0].splitlines() if info.exists() else [])
+        if ":" in line
+    )
+    return " ".join(values.get(key, "") for key in ("model name", "cpu family", "model"))
 
 
 def test_the_first_20_losses_are_golden(phantoms, tmp_path):
