@@ -21,14 +21,11 @@ from pipeline.cases import DecodedCase, decode_case, mark_unusable
 from pipeline.config import LimitsConfig, SamplingConfig, SplitConfig
 from pipeline.errors import BadImage, ConfigError, ErrorClass
 from pipeline.formats import FORMATS, Source
-from pipeline.records import CaseRef, case_from_plain, to_plain
+from pipeline.records import UNLABELLED, CaseRef, case_from_plain, to_plain
 from pipeline.sandbox import Sandbox
 from pipeline.transforms import Recipe
 from pipeline.transforms.arrays import to_numpy
 from pipeline.transforms.preprocess import Trace, run_preprocess, to_network
-
-UNLABELLED = 255
-"""In a target: pixels of slices without a reference that can be used; see `losses.IGNORED`."""
 
 Part = Literal["train", "validation", "test"]
 

@@ -17,7 +17,6 @@ import torch
 
 from pipeline.cases import DecodedCase
 from pipeline.dataset import (
-    UNLABELLED,
     IndexedCase,
     IndexJob,
     ReadyCase,
@@ -25,7 +24,7 @@ from pipeline.dataset import (
     open_sandbox,
     read_ready,
 )
-from pipeline.records import Problem
+from pipeline.records import UNLABELLED, Problem
 from pipeline.sandbox import Sandbox
 from pipeline.transforms.augment import Seeds, crop_corners
 
@@ -79,6 +78,7 @@ class CaseReader(Generic[T]):
         self.problems: dict[str, Problem] = {}
         self._job, self._cases = job, cases
         self._limit, self._used = limit_bytes, 0
+        self._sizes: dict[int, int] = {}
         self._convert, self._fallback = convert, fallback
         self._kept: OrderedDict[int, Future[tuple[T, int]]] = OrderedDict()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reseg-read")
@@ -95,18 +95,21 @@ class CaseReader(Generic[T]):
 
     def get(self, number: int) -> T:
         """The case, as soon as it is decoded."""
-        return self.request(number).result()[0]
+        case, size = self.request(number).result()
+        if number not in self._sizes:
+            self._sizes[number] = size
+            self._used += size
+        return case
 
     def make_room(self, needed: set[int]) -> None:
         """Forget the cases that were used longest ago, but none of `needed`, until the rest fits."""
-        done = {n: f.result()[1] for n, f in self._kept.items() if f.done()}
-        used = sum(done.values())
-        for number, size in done.items():
-            if used <= self._limit:
+        if self._used <= self._limit:
+            return
+        for number in [n for n in self._kept if n in self._sizes and n not in needed]:
+            del self._kept[number]
+            self._used -= self._sizes.pop(number)
+            if self._used <= self._limit:
                 return
-            if number not in needed:
-                del self._kept[number]
-                used -= size
 
     def close(self) -> None:
         """End threads and decoder processes."""
@@ -170,16 +173,14 @@ def iter_batches(
     """
     groups = [slice(start, start + size) for start in range(0, len(slices), size)]
 
-    def cases_of(number: int) -> set[int]:
-        chosen = groups[number : number + _BATCHES_AHEAD]
-        return {int(case) for group in chosen for case in pool.case_S[slices[group]]}
-
     def assemble(number: int) -> Batch:
-        needed = cases_of(number)
-        for case in sorted(needed, key=_first_use(pool.case_S[slices[groups[number].start :]])):
+        group = groups[number]
+        coming = slices[group.start : group.start + _BATCHES_AHEAD * size]
+        needed = dict.fromkeys(pool.case_S[coming].tolist())  # in order of first use
+        for case in needed:
             reader.request(case)
-        batch = _assemble(reader, pool, slices[groups[number]], seeds[groups[number]], patch)
-        reader.make_room(needed)
+        batch = _assemble(reader, pool, slices[group], seeds[group], patch)
+        reader.make_room(set(needed))
         return _pinned(batch) if pin else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="reseg-batch") as ahead:
@@ -189,10 +190,6 @@ def iter_batches(
             if number + 2 < len(groups):
                 waiting.append(ahead.submit(assemble, number + 2))
             yield batch
-
-
-def _first_use(cases: npt.NDArray[np.int32]) -> Callable[[int], int]:
-    return lambda case: int(np.argmax(cases == case))
 
 
 def _assemble(

@@ -1,6 +1,6 @@
 """Losses of segmentation networks: plain functions of logits and a label map.
 
-Shapes: logits_NKHW are float, target_NHW is an integer label map, 0 background, IGNORED where a
+Shapes: logits_NKHW are float, target_NHW is an integer label map, 0 background, UNLABELLED where a
 pixel does not count. A network ends in one of two activations, as its recipe says: "softmax"
 (channel 0 background, channel k label k) or "sigmoid" (channel k - 1 is the logit of label k).
 All is computed in float32, whatever autocast made of the logits. Where no pixel counts, a loss
@@ -17,12 +17,7 @@ from scipy import ndimage
 from torch.nn import functional
 
 from pipeline.config import Activation, LossConfig, loss_terms
-
-IGNORED = 255
-"""The label of pixels that no loss sees: around patches, and slices without a usable reference.
-
-Padding that the recipe adds is background, as it is to the network at inference.
-"""
+from pipeline.records import UNLABELLED
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(logits_NKHW, target_NHW, boundary weights NHW or None) to a scalar."""
@@ -41,9 +36,13 @@ def cross_entropy(
     sum of class weights alone (Ronneberger 2015, eq. 1, normalised).
     """
     target = target_NHW.long()
-    counted = target != IGNORED
+    counted = target != UNLABELLED
     losses = functional.cross_entropy(
-        logits_NKHW.float(), target, weight=class_weights_K, ignore_index=IGNORED, reduction="none"
+        logits_NKHW.float(),
+        target,
+        weight=class_weights_K,
+        ignore_index=UNLABELLED,
+        reduction="none",
     )
     if pixel_weights_NHW is not None:
         losses = losses * pixel_weights_NHW
@@ -124,7 +123,7 @@ def focal(
     Source: Lin 2017 (arXiv 1708.02002), without its alpha. gamma = 0 is cross-entropy.
     """
     logits = logits_NKHW.float()
-    counted = target_NHW != IGNORED
+    counted = target_NHW != UNLABELLED
     if activation == "softmax":
         target = target_NHW.long().where(counted, 0)
         log_p_NHW = torch.log_softmax(logits, 1).gather(1, target[:, None])[:, 0]
@@ -145,7 +144,7 @@ def one_hot(
     target_NHW: torch.Tensor, num_channels: int, activation: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target as float maps NKHW, one a channel, and which pixels count, N1HW (float)."""
-    counted_N1HW = (target_NHW != IGNORED)[:, None]
+    counted_N1HW = (target_NHW != UNLABELLED)[:, None]
     first = 1 if activation == "sigmoid" else 0
     labels_K = torch.arange(first, first + num_channels, device=target_NHW.device)
     maps_NKHW = target_NHW[:, None] == labels_K[None, :, None, None]
@@ -187,7 +186,7 @@ def boundary_weights(
     components of the foreground. Source: Ronneberger 2015 (arXiv 1505.04597), eq. 2; w0 = 10 and
     sigma = 5 px there. The class balance of the paper is left to class weights.
     """
-    objects_HW, count = ndimage.label((mask_HW > 0) & (mask_HW != IGNORED))
+    objects_HW, count = ndimage.label((mask_HW > 0) & (mask_HW != UNLABELLED))
     if count < 2:
         return np.ones(mask_HW.shape, np.float32)
     nearest = np.full(mask_HW.shape, np.inf)

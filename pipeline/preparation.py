@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -329,24 +330,24 @@ def _probe_channels(request: Request) -> int:
     """Channels of the first image that can be decoded."""
     reader = FORMATS[request.source.format]
     problem = "there is none"
-    probed = 0
+    cases = (
+        (shard.path, case)
+        for shard in request.shards
+        for case in reader.list_cases(request.source, shard)
+    )
     with open_sandbox(request.config.limits) as sandbox:
-        for shard in request.shards:
-            for case in reader.list_cases(request.source, shard):
-                for encoded in reader.read_cases(request.source, shard.path, [case]):
-                    data = next((item.image for item in encoded.slices if item.image), None)
-                    if data is None:
-                        continue
-                    try:
-                        return int(sandbox.decode(data, "image")[0].shape[2])
-                    except BadImage as error:
-                        problem = f"{error.error_class}: {error.message}"
-                probed += 1
-                if probed >= _PROBED_CASES:
-                    break
+        for path, case in islice(cases, _PROBED_CASES):
+            (encoded,) = reader.read_cases(request.source, path, [case])
+            data = next((item.image for item in encoded.slices if item.image), None)
+            if data is None:
+                continue
+            try:
+                return int(sandbox.decode(data, "image")[0].shape[2])
+            except BadImage as error:
+                problem = f"{error.error_class}: {error.message}"
     raise SourceError(
-        f"no image of {request.source.uri} can be decoded ({problem}); "
-        "say model.options.in_channels if this is wrong"
+        f"none of the first {_PROBED_CASES} cases of {request.source.uri} has an image that can be "
+        f"decoded ({problem}); if others have, say model.options.in_channels"
     )
 
 

@@ -321,4 +321,10 @@ CASE_IDS: tuple[tuple[str, pa.DataType], ...] = (
     ("num_bad", pa.int32()),
 )
 
+UNLABELLED = 255
+"""In a target of training: pixels that no loss sees, around patches and where no reference is.
+
+Padding that the recipe adds is background, as it is to the network at inference.
+"""
+
 STATUS_OK, STATUS_BAD, STATUS_BAD_REFERENCE = "ok", "bad", "bad_reference"

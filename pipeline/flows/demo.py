@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.flows.cluster import connect, num_cores
 from pipeline.flows.segment import Summary, run_segment
 from pipeline.flows.train import run_train
 from pipeline.formats import open_source
+from pipeline.preparation import finished_result
 from pipeline.sharding import write_shards
 from pipeline.synthetic import SPACING_MM, write_phantoms
 
@@ -78,7 +80,8 @@ def run_demo(
             write_phantoms(out / "images" / "labelled", TRAIN_PHANTOMS)
         mark.write_text(kind)
     archive = _shard(out, "archive", report)
-    with connect(None, num_cores()):
+    done = train and finished_result(str((out / "training").resolve())) is not None
+    with nullcontext() if done else connect(None, num_cores()):  # one session for both
         training = None
         bundle = str(BUNDLE)
         if train:

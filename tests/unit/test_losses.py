@@ -10,7 +10,6 @@ from torch.nn import functional
 from pipeline.config import LossConfig, loss_terms
 from pipeline.errors import ConfigError
 from pipeline.losses import (
-    IGNORED,
     binary_cross_entropy,
     boundary_weights,
     cross_entropy,
@@ -19,6 +18,7 @@ from pipeline.losses import (
     soft_dice,
     tversky,
 )
+from pipeline.records import UNLABELLED
 
 
 def pixels(*logits: list[float]) -> torch.Tensor:
@@ -48,9 +48,9 @@ def test_cross_entropy_has_the_published_values():
 
 def test_class_weights_and_ignored_pixels_are_those_of_torch():
     logits, target = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    target[0, 0] = IGNORED
+    target[0, 0] = UNLABELLED
     weights = torch.tensor([0.2, 1.0, 3.0])
-    wanted = functional.cross_entropy(logits, target, weights, ignore_index=IGNORED)
+    wanted = functional.cross_entropy(logits, target, weights, ignore_index=UNLABELLED)
     assert cross_entropy(logits, target, weights).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_a_batch_without_a_counted_pixel_gives_0_and_no_gradient(term, activatio
     for over in ("batch", "image"):
         loss = make_loss(LossConfig(terms={term: 1.0}, dice_over=over), activation)
         logits = torch.randn(2, 2, 4, 4, requires_grad=True)
-        value = loss(logits, torch.full((2, 4, 4), IGNORED), torch.ones(2, 4, 4))
+        value = loss(logits, torch.full((2, 4, 4), UNLABELLED), torch.ones(2, 4, 4))
         value.backward()
         assert value.item() == 0
         assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -70,7 +70,7 @@ def test_a_batch_without_a_counted_pixel_gives_0_and_no_gradient(term, activatio
 def test_ignored_pixels_reach_neither_value_nor_gradient(term, activation):
     loss = make_loss(LossConfig(terms={term: 1.0}), activation)
     target = torch.randint(0, 2, (1, 4, 6))
-    target[..., 3:] = IGNORED
+    target[..., 3:] = UNLABELLED
     logits = torch.randn(1, 2, 4, 6)
     values = []
     for wild in (0.0, 50.0):

@@ -376,6 +376,22 @@ def test_patches_weights_and_every_loss_train(phantoms, tmp_path):
     assert list((tmp_path / "out" / "tensorboard").glob("events.out.*"))
 
 
+def test_cases_beyond_the_memory_are_forgotten_and_read_again(phantoms, tmp_path, monkeypatch):
+    from pipeline.loading import CaseReader
+
+    held = []
+    make_room = CaseReader.make_room
+
+    def watched(self, needed):
+        make_room(self, needed)
+        held.append((len(self._kept), len(needed), self._used))
+
+    monkeypatch.setattr(CaseReader, "make_room", watched)
+    assert train(phantoms, tmp_path / "out", sampling__cache_bytes=1)["steps"] == 27
+    assert all(kept <= needed + 1 for kept, needed, _ in held)
+    assert max(used for _, _, used in held) < 8 * 6 * 64 * 64 * 5
+
+
 # several labels, fine-tuning
 
 
