@@ -4,17 +4,18 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from pipeline.errors import ResegError
+from pipeline.errors import ConfigError, ResegError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong request, 3 too many bad images, "
-    "130 interrupted, 143 terminated."
+    "4 refused by the gate, 130 interrupted, 143 terminated."
 )
 
 config_option = click.option(
@@ -47,6 +48,19 @@ night_option = click.option(
 bundle_option = click.option(
     "--bundle", required=True, metavar="FOLDER", help="The trained network; see `reseg bundle`."
 )
+
+
+because_option = click.option(
+    "--because", required=True, metavar="REASON", help="Why; it goes on the record."
+)
+
+
+def check_out_file(out: str, *, force: bool) -> None:
+    """Refuse to overwrite a file unasked, and a place where none can be. Raises ConfigError."""
+    if Path(out).exists() and not force:
+        raise ConfigError(f"{out} exists; --force overwrites it")
+    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"{out} is not a file in a folder that exists")
 
 
 def source_options(command: F) -> F:

@@ -1,12 +1,20 @@
 """What a run says at its end, for a tired person at 6 a.m."""
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.flows.evaluate import Evaluation
+from pipeline.compare import COUNTS
 from pipeline.flows.segment import Summary
 from pipeline.telemetry import format_table
+
+if TYPE_CHECKING:
+    from pipeline.diffing import Diff
+    from pipeline.flows.evaluate import Evaluation
+    from pipeline.flows.nightly import Outcome
+    from pipeline.flows.shadow import Shadow
+    from pipeline.proof import Proof
 
 _STATES = ["new", "changed", "stale", "removed", "unchanged", "bad"]
 
@@ -82,7 +90,7 @@ def print_training(result: dict[str, Any]) -> None:
     click.echo(f"bundle {result['bundle']}; look at {result['out']}/curves.png and samples.png")
 
 
-def print_evaluation(found: Evaluation) -> None:
+def print_evaluation(found: "Evaluation") -> None:
     """Mean, interval and median, the worst cases, and what could not be scored."""
     for name, scores in {**found.by_label, "all": found.overall}.items():
         if name != "all" or len(found.by_label) > 1:
@@ -107,3 +115,115 @@ def print_evaluation(found: Evaluation) -> None:
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def print_night(outcome: "Outcome", results: str) -> None:
+    """The verdict first, then the counts, then what to look at."""
+    summary, verdict = outcome.summary, outcome.verdict
+    if outcome.refused and verdict is not None:
+        stays = (
+            "nothing is published"
+            if outcome.base_night is None
+            else f"night {outcome.base_night} stays published"
+        )
+        click.echo(f"REFUSED by the gate, {stays}: {verdict.sentence}.")
+        click.echo(
+            f"The staged night waits; to publish it all the same:\n"
+            f'  reseg publish {results} {summary.run_id} --because "..."'
+        )
+    else:
+        print_summary(summary, results)
+    if verdict is not None:
+        words = {True: "kept", False: "FAILED", None: "not judged"}
+        rows = [
+            {
+                "limit": item.what,
+                "value": item.value,
+                "allowed": None if item.limit == -1 else item.limit,
+                "verdict": words[item.passed],
+                "rests on": item.note,
+            }
+            for item in verdict.limits
+        ]
+        click.echo(format_table(rows, ["limit", "value", "allowed", "verdict", "rests on"]))
+    for item in outcome.review[:10]:
+        click.echo(f"look at {item.case_id}: {'; '.join(item.reasons)}")
+    if len(outcome.review) > 10:
+        click.echo(f"and {len(outcome.review) - 10} more: see the report")
+    if outcome.report:
+        click.echo(f"report: {outcome.report}")
+    if outcome.waste and outcome.waste.files:
+        megabytes = outcome.waste.num_bytes / 1e6
+        click.echo(f"collected {len(outcome.waste.files):,} old files ({megabytes:,.1f} MB)")
+
+
+def print_diff(found: "Diff") -> None:
+    """Counts of images and cases, the cases that moved most, and drift."""
+    comparison = found.comparison
+    images = ", ".join(f"{n:,} {name}" for name, n in comparison.counts.items() if name in COUNTS)
+    cases = ", ".join(f"{n:,} {name}" for name, n in comparison.case_states.items())
+    click.echo(f"Night {comparison.before} to night {comparison.after}.")
+    click.echo(f"images: {images}".replace("_", " "))
+    click.echo(f"cases: {cases}")
+    columns = ["case_id", "label_name", "state", "dice", "volume_px_before", "volume_px_after"]
+    rows = found.rows
+    if rows:
+        click.echo(format_table(rows[:20], [*columns, "appeared", "vanished"]))
+    if len(rows) > 20:
+        click.echo(f"and {len(rows) - 20:,} more rows: --out writes all, --json prints a thousand")
+    drifting = sorted(found.drift, key=lambda d: -d.psi)[:10]
+    if drifting:
+        shown = [
+            "population",
+            "group",
+            "label_name",
+            "quantity",
+            "num_after",
+            "psi",
+            "ks",
+            "p_value",
+        ]
+        click.echo(format_table([asdict(item) for item in drifting], shown))
+
+
+def print_shadow(found: "Shadow") -> None:
+    """The advice first, then what it rests on."""
+    click.echo(f"{found.advice.upper()}: {found.reason}.")
+    if found.mean_dice is not None:
+        click.echo(
+            f"{found.num_cases} cases sampled; mean Dice to what is published {found.mean_dice:.4f}"
+        )
+    if found.confidence:
+        before, after = found.confidence
+        click.echo(f"mean confidence {before:.4f} published, {after:.4f} with the candidate")
+    for limit in found.verdict.limits:
+        word = {True: "kept", False: "FAILED", None: "not judged"}[limit.passed]
+        value = "-" if limit.value is None else f"{limit.value:.4g}"
+        click.echo(f"{word}: {limit.what} {value} ({limit.note})")
+    if found.worst:
+        click.echo(format_table(found.worst, found.worst[0]))
+    click.echo(f"the candidate's own results, of the sample alone: {found.out}")
+
+
+def print_verified(proof: "Proof") -> None:
+    """What was proved, what not, and what to do."""
+    if proof.images:
+        counts = proof.outcomes
+        click.echo(
+            f"Night {proof.night}: of {len(proof.images)} masks computed again {counts['equal']} are the "
+            f"same bits, {counts['different']} differ, {counts['gone']} cannot be: their input is another."
+        )
+        for item in proof.images:
+            if item.outcome == "different":
+                click.echo(f"  {item.image_id}: {item.note or 'same kind of machine, other bits'}")
+    checked = proof.checked
+    if checked is not None:
+        click.echo(
+            f"{len(checked.nights)} nights, {checked.num_parts:,} parts and {checked.num_manifests:,} "
+            f"manifests ({checked.num_bytes / 1e6:,.1f} MB) read: {len(checked.damaged)} damaged."
+        )
+        for line in checked.damaged[:20]:
+            click.echo(f"  {line}")
+        if checked.unsealed:
+            nights = ", ".join(map(str, checked.unsealed))
+            click.echo(f"without digests of their log entries: night {nights}")

@@ -17,9 +17,17 @@ COMMANDS: dict[str, str] = {
     "train": "Train a network on images with reference masks; the result is a bundle.",
     "evaluate": "Score a bundle on a labelled source, case by case, with a chart.",
     "bundle": "Import, show and verify trained networks.",
+    "nightly": "A whole night: segment, compare with last night, gate, publish, report.",
+    "diff": "What differs between two nights, case by case and by group.",
+    "publish": "Publish a staged night that the gate refused, on the record.",
+    "rollback": "Publish an old night again, on the record.",
+    "shadow": "Try a candidate network on a sample, and advise.",
+    "report": "The report of a nightly run, made again.",
     "history": "The published nights: when, by which run, with which network and counts.",
     "paths": "Parquet files of a night, for any engine.",
     "explain": "All lineage of one mask, from the results alone.",
+    "verify": "Prove masks by computing them again, and files by their checksums.",
+    "vacuum": "Collect what no kept night needs.",
     "show": "Picture of an image with the outlines of its mask and reference.",
 }
 

@@ -16,15 +16,10 @@ def command(results: str, image_id: str, out: str, force: bool, night: int | Non
 
     Reads the image from the source again, and refuses if it has changed since.
     """
-    from pathlib import Path
-
-    from pipeline.errors import ConfigError
+    from jobs._options import check_out_file
     from pipeline.lookup import require_night, show_image
 
-    if Path(out).exists() and not force:
-        raise ConfigError(f"{out} exists; --force overwrites it")
-    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
-        raise ConfigError(f"{out} is not a file in a folder that exists")
+    check_out_file(out, force=force)
     show_image(require_night(results, night), image_id).save(out, "PNG")
     click.echo(f"wrote {out}")
 

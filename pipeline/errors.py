@@ -6,10 +6,12 @@ ResegError                exit
 │ ├ BundleError            2    the bundle or the weights cannot be used
 │ └ ResultsError           2    the results folder is not usable, or belongs to something else
 ├ StageFailed              1    a worker failed more often than it may; resumable
+├ Busy                     1    another process works in this folder; wait for it
 ├ CommitConflict           1    somebody else published first; nothing of ours is visible
 ├ VerificationError        1    what was written is not what was planned; nothing published
 ├ RunStalled               1    no progress for too long; names the stage
-└ TooManyBadImages         3    finished, but over the allowed share of bad images
+├ TooManyBadImages         3    finished, but over the allowed share of bad images
+└ GateRefused              4    finished, but over a limit of the gate; last night stays published
 
 BadImage                   -    one image, never a run: becomes a row with an `ErrorClass`
 """
@@ -111,6 +113,10 @@ class StageFailed(ResegError):
     """A stage of the flow failed more often than it may; what is done is kept."""
 
 
+class Busy(ResegError):
+    """Another process works in this folder, and two would do the same work twice."""
+
+
 class CommitConflict(ResegError):
     """Another run published first; what this run staged is not visible and not lost."""
 
@@ -127,6 +133,12 @@ class TooManyBadImages(ResegError):
     """The run is complete, but more of its images are bad than the caller allows."""
 
     exit_code = 3
+
+
+class GateRefused(ResegError):
+    """The night is computed and kept for inspection, but a limit of the gate is not kept."""
+
+    exit_code = 4
 
 
 class BadImage(Exception):

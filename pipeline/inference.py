@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.bundle import Bundle, load_model
+from pipeline.cases import DecodedCase, PredictedCase, mark_unusable
 from pipeline.config import InferenceConfig, decode
 from pipeline.errors import BadImage, ErrorClass
 from pipeline.models import MODELS
@@ -276,6 +277,43 @@ class Predictor:
             finite_Z=finite_Z.cpu().numpy(),
             trace=trace,
         )
+
+
+def predict_cases(decoded: Iterable[DecodedCase], predictor: Predictor) -> list[PredictedCase]:
+    """Predict all cases of a shard; a case without a usable slice passes by the network."""
+    cases: list[DecodedCase] = []
+
+    def volumes() -> Iterator[Any]:
+        for case in decoded:
+            cases.append(case)
+            if case.volume_ZHWC is not None:
+                yield case.volume_ZHWC
+                case.volume_ZHWC = None
+                case_has_volume.add(id(case))
+
+    case_has_volume: set[int] = set()
+    outcomes = list(predictor.predict(volumes()))
+    predicted, position = [], 0
+    for case in cases:
+        if id(case) not in case_has_volume:
+            predicted.append(PredictedCase(decoded=case))
+            continue
+        outcome = outcomes[position]
+        position += 1
+        if isinstance(outcome, BadImage):
+            mark_unusable(case, outcome)
+            predicted.append(PredictedCase(decoded=case))
+            continue
+        predicted.append(
+            PredictedCase(
+                decoded=case,
+                labels_ZHW=outcome.labels_ZHW,
+                confidence_ZHW=outcome.confidence_ZHW,
+                nonfinite_Z=None if outcome.finite_Z.all() else ~outcome.finite_Z,
+                trace=outcome.trace,
+            )
+        )
+    return predicted
 
 
 @dataclass(slots=True, eq=False)

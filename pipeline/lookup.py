@@ -1,17 +1,19 @@
 """Questions about published results, answered from stored files: lineage, and pictures."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from pipeline import results, storage
+from pipeline import results, runs, storage
 from pipeline.cases import DecodedCase, decode_case
 from pipeline.config import LimitsConfig, SourceConfig, decode
 from pipeline.errors import ResultsError
 from pipeline.formats import FORMATS, Source
-from pipeline.records import Shard
+from pipeline.records import EncodedCase, Shard
 from pipeline.report import draw_overlay
 from pipeline.results import Night
 from pipeline.sandbox import Sandbox
@@ -34,8 +36,8 @@ def explain_image(night: Night, image_id: str) -> dict[str, Any]:
     shard = night.shards[row["shard_id"]]
     row.pop("mask")
     run_id = row["run_id"]
-    plan = results.load_plan(night.results, run_id)
-    receipt = results.load_receipt(night.results, run_id, row["shard_id"])
+    plan = runs.load_plan(night.results, run_id)
+    receipt = runs.load_receipt(night.results, run_id, row["shard_id"])
     return {
         "image": row,
         "metrics": metrics.drop_columns(
@@ -69,18 +71,15 @@ def show_image(night: Night, image_id: str) -> Image.Image:
     Raises ResultsError if the source no longer holds the image that was segmented.
     """
     row, metrics = results.find_image(night, image_id)
-    decoded = _decode_again(night, row)
-    position = [record.name for record in decoded.usable].index(row["slice_name"])
-    assert decoded.volume_ZHWC is not None
+    read = read_pixels(night, [row])[image_id]
+    if isinstance(read, str):
+        raise ResultsError(read)
+    image_HWC, reference_HW = read
     mask_HW = None
     if row["mask"] is not None:
         mask_HW = np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
-    return draw_overlay(
-        decoded.volume_ZHWC[position],
-        mask_HW,
-        decoded.references[position],
-        caption=_caption(image_id, row, metrics.to_pylist()),
-    )
+    caption = _caption(image_id, row, metrics.to_pylist())
+    return draw_overlay(image_HWC, mask_HW, reference_HW, caption=caption)
 
 
 def _caption(image_id: str, row: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
@@ -93,36 +92,61 @@ def _caption(image_id: str, row: dict[str, Any], metrics: list[dict[str, Any]]) 
     return " | ".join(parts)
 
 
-def _decode_again(night: Night, row: dict[str, Any]) -> DecodedCase:
-    config = decode(SourceConfig, night.metadata["config"]["source"])
-    limits = decode(LimitsConfig, night.metadata["config"]["limits"])
+Pixels = tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]
+"""An image (HWC) and its reference (HW), if it has one."""
+
+
+def read_pixels(night: Night, rows: Sequence[Mapping[str, Any]]) -> dict[str, Pixels | str]:
+    """The pixels of some images of a night, decoded from the source again, by image id.
+
+    rows: of `masks`. An image that the source no longer holds as it was gives a sentence instead.
+    """
+    source = open_night_source(night)
+    num_labels = len(night.metadata["bundle"]["labels"])
+    shards = {shard.shard_id: shard for shard in FORMATS[source.format].list_shards(source).shards}
+    limits = source.limits
+    found: dict[str, Pixels | str] = {}
+    with Sandbox(max_pixels=limits.max_pixels, timeout_s=limits.decode_timeout_s) as sandbox:
+        for case_id in dict.fromkeys(row["case_id"] for row in rows):
+            wanted = [row for row in rows if row["case_id"] == case_id]
+            shard = shards.get(wanted[0]["shard_id"])
+            encoded = None if shard is None else read_encoded(source, shard, case_id)
+            decoded = (
+                None
+                if encoded is None
+                else decode_case(encoded, sandbox, source.config, num_labels)
+            )
+            for row in wanted:
+                found[row["image_id"]] = _pixels(source, decoded, row)
+    return found
+
+
+def read_encoded(source: Source, shard: Shard, case_id: str) -> EncodedCase | None:
+    """One case of a shard as stored, None where it is gone."""
+    reader = FORMATS[source.format]
+    cases = [case for case in reader.list_cases(source, shard) if case.case_id == case_id]
+    return next(iter(reader.read_cases(source, shard.path, cases))) if cases else None
+
+
+def _pixels(source: Source, decoded: DecodedCase | None, row: Mapping[str, Any]) -> Pixels | str:
+    if decoded is None:
+        return f"the source {source.uri} no longer holds the case {row['case_id']!r}"
+    if not any(record.image_sha256 == row["input_sha256"] for record in decoded.slices):
+        return f"{row['image_id']!r} has changed in the source since it was segmented"
+    names = [record.name for record in decoded.usable]
+    if row["slice_name"] not in names or decoded.volume_ZHWC is None:
+        return f"{row['image_id']!r} cannot be shown: {row['error_class']}: {row['error']}"
+    position = names.index(row["slice_name"])
+    return decoded.volume_ZHWC[position], decoded.references[position]
+
+
+def open_night_source(night: Night) -> Source:
+    """The source that a night was segmented from, cut into the same shards."""
     stored = night.metadata["source"]
-    source = Source(
+    return Source(
         uri=stored["uri"],
         format=stored["format"],
-        config=config,
-        limits=limits,
+        config=decode(SourceConfig, night.metadata["config"]["source"]),
+        limits=decode(LimitsConfig, night.metadata["config"]["limits"]),
         num_buckets=stored["num_buckets"],
     )
-    reader = FORMATS[source.format]
-    shard = _find_shard(source, row["shard_id"])
-    cases = [c for c in reader.list_cases(source, shard) if c.case_id == row["case_id"]]
-    if not cases:
-        raise ResultsError(f"the source {source.uri} no longer holds the case {row['case_id']!r}")
-    encoded = next(iter(reader.read_cases(source, shard.path, cases)))
-    if not any(item.image_sha256 == row["input_sha256"] for item in encoded.slices):
-        raise ResultsError(f"{row['image_id']!r} has changed in the source since it was segmented")
-    with Sandbox(max_pixels=limits.max_pixels, timeout_s=limits.decode_timeout_s) as sandbox:
-        decoded = decode_case(encoded, sandbox, config, len(night.metadata["bundle"]["labels"]))
-    if row["slice_name"] not in [record.name for record in decoded.usable]:
-        raise ResultsError(
-            f"{row['image_id']!r} cannot be shown: {row['error_class']}: {row['error']}"
-        )
-    return decoded
-
-
-def _find_shard(source: Source, shard_id: str) -> Shard:
-    for shard in FORMATS[source.format].list_shards(source).shards:
-        if shard.shard_id == shard_id:
-            return shard
-    raise ResultsError(f"the source {source.uri} no longer holds the shard of this image")

@@ -8,7 +8,7 @@ them or writing the same shard again computes nothing.
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,13 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 import pipeline
-from pipeline import results, storage
+from pipeline import results, storage, tables
 from pipeline.bundle import Bundle
 from pipeline.config import SegmentConfig, output_digest
 from pipeline.errors import RETRIED_ERRORS, ConfigError, ErrorClass, ResultsError, SourceError
 from pipeline.formats import FORMATS, Source, open_source
 from pipeline.records import STATUS_OK, CaseRef, OldParts, Problem, Shard, Work
-from pipeline.results import Night, PublishedShard, RunPlan
+from pipeline.results import Night, PublishedShard
+from pipeline.runs import RunPlan
 
 Progress = Callable[[int, int, str], None]
 
@@ -39,6 +40,14 @@ class OldCase:
     digest: str
     num_images: int
     num_bad: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Some cases of a source, by shard id, where it is cut into shards as for other results."""
+
+    cases: Mapping[str, Set[str]]
+    num_buckets: int
 
 
 class Counts:
@@ -83,11 +92,13 @@ def make_plan(
     *,
     run_id: str | None = None,
     limit: int | None = None,
+    only: Selection | None = None,
     progress: Progress | None = None,
 ) -> RunPlan:
     """Compare source, bundle and configuration with the published night.
 
     limit: stop planning after so many cases; published shards are planned whole or left alone.
+    only: plan as if the source had these cases and no others.
     Reads listings, and the bytes of what may have changed; writes nothing. Raises SourceError or ResultsError.
     """
     results_uri = storage.resolve(results_location)
@@ -97,11 +108,13 @@ def make_plan(
     if night is not None:
         _check_same_source(source, night)
         source = replace(source, num_buckets=night.metadata["source"]["num_buckets"])
+    elif only is not None:
+        source = replace(source, num_buckets=only.num_buckets)
     listing = FORMATS[source.format].list_shards(source)
     source = replace(source, num_buckets=listing.num_buckets)
     if not any(shard.cases is None or shard.cases for shard in listing.shards):
         raise SourceError(_nothing_found(source, listing.ignored))
-    planner = _Planner(source, night, bundle.digest, output_digest(config), progress, limit)
+    planner = _Planner(source, night, bundle.digest, output_digest(config), progress, limit, only)
     works = tuple(planner.plan_shards(listing.shards))
     return RunPlan(
         run_id=run_id or new_run_id(),
@@ -141,9 +154,14 @@ def code_version() -> dict[str, str]:
     return {
         "reseg": pipeline.__version__,
         "pyarrow": pa.__version__,
-        "operator": os.environ.get("USER", "") or str(os.getuid()),
+        "operator": operator(),
         "host": socket.gethostname(),
     }
+
+
+def operator() -> str:
+    """Who runs this process, for the record."""
+    return os.environ.get("USER", "") or str(os.getuid())
 
 
 def _describe(source: Source) -> dict[str, Any]:
@@ -179,8 +197,9 @@ class _Planner:
         config_digest: str,
         progress: Progress | None,
         limit: int | None,
+        only: Selection | None = None,
     ) -> None:
-        self.source, self.night = source, night
+        self.source, self.night, self.only = source, night, only
         self.bundle_digest, self.config_digest = bundle_digest, config_digest
         self.progress, self.remaining = progress, limit
         self.counts = Counts()
@@ -236,7 +255,11 @@ class _Planner:
             return None
         if self.remaining is not None and self.remaining <= 0:
             return None
-        cases = [self._once(case, shard) for case in self._format.list_cases(self.source, shard)]
+        wanted = None if self.only is None else self.only.cases.get(shard.shard_id, frozenset())
+        listed = [] if wanted == frozenset() else self._format.list_cases(self.source, shard)
+        if wanted is not None:
+            listed = [case for case in listed if case.case_id in wanted]
+        cases = [self._once(case, shard) for case in listed]
         version = shard.version
         if self.remaining is not None:
             if old is None and len(cases) > self.remaining:
@@ -334,7 +357,7 @@ class _Planner:
         """Whether bad rows of an unchanged shard have causes that may have passed elsewhere."""
         if not old.num_bad or self.night is None or old.parts.masks is None:
             return False
-        rows = results.read_part(self.night.results, "masks", old.parts.masks, ["error_class"])
+        rows = tables.read_part(self.night.results, "masks", old.parts.masks, ["error_class"])
         causes = set(rows.column("error_class").to_pylist())
         return bool(causes & (RETRIED_ERRORS | {ErrorClass.DUPLICATE_KEY}))
 
@@ -344,7 +367,7 @@ class _Planner:
             return {}
         columns = ["case_id", "case_version", "case_digest", "status", "error_class"]
         found: dict[str, OldCase] = {}
-        table = results.read_part(self.night.results, "masks", old.parts.masks, columns)
+        table = tables.read_part(self.night.results, "masks", old.parts.masks, columns)
         for row in table.to_pylist():
             before = found.get(row["case_id"])
             retry = row["error_class"] in RETRIED_ERRORS or (before and not before.version)

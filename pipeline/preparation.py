@@ -6,9 +6,6 @@ A training's folder holds `config.json` (the request, frozen), `index.parquet` (
 
 import io
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -49,6 +46,7 @@ from pipeline.errors import (
     TooManyBadImages,
 )
 from pipeline.formats import FORMATS, Source, open_source
+from pipeline.lock import LOCK_FILE
 from pipeline.planning import check_apart
 from pipeline.records import CaseRef, Shard
 from pipeline.transforms import Recipe, recipe_from_plain, with_decision
@@ -56,7 +54,6 @@ from pipeline.transforms.postprocess import Sigmoid
 
 CONFIG_FILE, INDEX_FILE, RESULT_FILE = "config.json", "index.parquet", "result.json"
 BUNDLE_FOLDER = "bundle"
-_LOCK_FILE, _LOCK_STALE_S = "lock.json", 180.0
 _PROBED_CASES = 8
 
 Groups = list[tuple[str, list[CaseRef]]]
@@ -117,58 +114,6 @@ class Request:
     init: Bundle | None
 
 
-def take_lock(out: str) -> None:
-    """Make this process the only one that trains in a folder. Raises ConfigError if another does.
-
-    The lock names host and process. One of a process that is gone, or that has not shown itself for
-    three minutes from another host, is taken over.
-    """
-    uri = storage.join(out, _LOCK_FILE)
-    if storage.create(uri, _lock_text()):
-        return
-    try:
-        other = json.loads(storage.read(uri))
-        alive = _is_alive(other)
-    except (OSError, ValueError, KeyError, TypeError):
-        alive = False
-    if alive:
-        raise ConfigError(
-            f"process {other['pid']} on {other['host']} is training in {out}; wait for it, or "
-            f"delete {_LOCK_FILE} there if it is gone"
-        )
-    storage.write(uri, _lock_text())
-
-
-def show_life(out: str) -> None:
-    """Renew the lock, so that other hosts see that its process lives."""
-    storage.write(storage.join(out, _LOCK_FILE), _lock_text())
-
-
-def release_lock(out: str) -> None:
-    """Let others train in the folder."""
-    storage.remove(storage.join(out, _LOCK_FILE))
-
-
-def _lock_text() -> bytes:
-    return json.dumps(
-        {"host": socket.gethostname(), "pid": os.getpid(), "seen": time.time()}
-    ).encode()
-
-
-def _is_alive(other: Mapping[str, Any]) -> bool:
-    if other["host"] != socket.gethostname():
-        return bool(time.time() - other["seen"] < _LOCK_STALE_S)
-    if other["pid"] == os.getpid():
-        return False
-    try:
-        os.kill(other["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def finished_result(out: str) -> dict[str, Any] | None:
     """The result of a training that has ended, or None."""
     try:
@@ -221,7 +166,7 @@ def _check_frozen(out: str, source: Source, config: TrainConfig) -> None:
         frozen = json.loads(storage.read(storage.join(out, CONFIG_FILE)))
         before = {**frozen["config"], "source_uri": frozen["source"]}
     except FileNotFoundError:
-        if [info.path for info in storage.list_files(out)] == [_LOCK_FILE]:
+        if [info.path for info in storage.list_files(out)] == [LOCK_FILE]:
             return
         raise ConfigError(f"{out} exists and is no training; choose another folder") from None
     except (ValueError, KeyError, TypeError):

@@ -1,142 +1,28 @@
-"""The published results: three Delta Lake tables, their parts, and the one commit of a night.
+"""Nights: what is published, and the one commit that publishes, replaces or takes back a night.
 
 `masks`, `metrics` and `cases` are Parquet files plus an open transaction log. The commit of
 `masks` is the publication: its metadata name the versions of the other two that belong to it, so
 a reader through here always sees one whole night. The number of a night is the version of
-`masks`. Staging lies in `_runs/RUN_ID/`; nobody lists a folder to find data.
+`masks`.
 """
 
-import gzip
 import json
-import os
-import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
-from pipeline import storage
-from pipeline.errors import CommitConflict, ResultsError, VerificationError
-from pipeline.metrics import metric_columns
-from pipeline.records import (
-    CASE_IDS,
-    IMAGE_IDS,
-    MASKS_SCHEMA,
-    SHARD_COLUMNS,
-    OldParts,
-    PartFile,
-    Receipt,
-    Work,
-    receipt_from_json,
-    row_columns,
-    sha256_hex,
-)
+from pipeline import delta, storage
+from pipeline.delta import AddedPart, Commit, TableLog
+from pipeline.errors import CommitConflict, ConfigError, ResultsError, VerificationError
+from pipeline.records import OldParts, PartFile, Receipt
+from pipeline.runs import RunPlan
+from pipeline.tables import TABLES, read_part, table_schema
 
-TABLES = ("metrics", "cases", "masks")
-"""In the order in which a night commits them; the last one publishes."""
-
-METADATA_KEY = "reseg"
-
-_TABLE_CONFIGURATION: dict[str, str | None] = {
-    "delta.enableExpiredLogCleanup": "false",
-    "delta.logRetentionDuration": "interval 36500 days",
-}
-"""Old nights stay readable: by default Delta forgets versions older than 30 days."""
-
-_READERS = 8
-
-
-@cache
-def table_schema(table: str) -> pa.Schema:
-    """The Arrow schema of "masks", "metrics" or "cases"."""
-    if table == "masks":
-        return MASKS_SCHEMA
-    certainty = [("confidence", pa.float64()), ("entropy", pa.float64())]
-    if table == "metrics":
-        size = [("area_mm2", pa.float64())]
-        return row_columns([*IMAGE_IDS, *size, *certainty, *metric_columns("image")])
-    size = [("volume_ml", pa.float64())]
-    return row_columns([*CASE_IDS, *size, *certainty, *metric_columns("case")])
-
-
-# Parts
-
-
-def write_part(results: str, table: str, rows: pa.Table, shard_id: str) -> PartFile | None:
-    """Write the rows of one shard as an immutable part named by its content; None for no rows.
-
-    zstd, a checksum on every page, the binary column without a dictionary.
-    """
-    if not rows.num_rows:
-        return None
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        rows,
-        sink,
-        compression="zstd",
-        use_dictionary=[
-            name for name in rows.schema.names if name not in ("mask", "labels", "bbox")
-        ],
-        write_page_checksum=True,
-        row_group_size=512,
-        data_page_size=256 << 10,
-    )
-    data = sink.getvalue().to_pybytes()
-    digest = sha256_hex(data)
-    name = f"part-{shard_id[:16]}-{digest[:40]}.parquet"
-    storage.write(storage.join(results, table, name), data)
-    return PartFile(
-        path=name,
-        sha256=digest,
-        size_bytes=len(data),
-        num_rows=rows.num_rows,
-        stats=_statistics(rows),
-    )
-
-
-def _statistics(rows: pa.Table) -> dict[str, Any]:
-    """Delta statistics: what is equal in all rows of the part, and the counts a plan needs."""
-    constants = {name: rows.column(name)[0].as_py() for name, _ in SHARD_COLUMNS}
-    bounds: list[dict[str, Any]] = [dict(constants), dict(constants)]
-    nulls = dict.fromkeys(constants, 0)
-    if "case_index" in rows.schema.names:
-        for bound, value in zip(
-            bounds, pc.min_max(rows.column("case_index")).as_py().values(), strict=True
-        ):
-            bound["case_index"] = value
-        nulls["error_class"] = rows.column("error_class").null_count
-    return {
-        "numRecords": rows.num_rows,
-        "minValues": bounds[0],
-        "maxValues": bounds[1],
-        "nullCount": nulls,
-    }
-
-
-def read_part(
-    results: str, table: str, path: str, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """Read one part with its page checksums verified. Raises ResultsError if it is damaged."""
-    uri = storage.join(results, table, path)
-    try:
-        with pa.PythonFile(storage.open_reader(uri), mode="r") as file:
-            return pq.ParquetFile(file, page_checksum_verification=True).read(columns)
-    except FileNotFoundError:
-        raise ResultsError(f"the part {uri} of a published night is gone") from None
-    except (pa.ArrowException, OSError) as error:
-        raise ResultsError(f"the part {uri} is damaged ({type(error).__name__}: {error})") from None
-
-
-# Nights
+Changes = Mapping[str, tuple[Sequence[AddedPart], Sequence[str]]]
+"""For each table the parts that a commit adds, and the paths of those that it removes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +42,10 @@ class PublishedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Night:
-    """One published version of the results. `metadata` is what its commit recorded."""
+    """One published version of the results, or (`staged_night`) what a run would publish.
+
+    metadata: what its commit recorded.
+    """
 
     results: str
     number: int
@@ -172,361 +61,203 @@ class Night:
 
 def latest_night_number(results: str) -> int | None:
     """The number of the published night, None before the first."""
-    table = _open_table(results, "masks")
-    return None if table is None else int(table.version())
+    return latest_version(results, "masks")
+
+
+def latest_version(results: str, table: str) -> int | None:
+    """The newest version of one table, None where there is no table."""
+    opened = _open(results, table)
+    return None if opened is None else opened.version
 
 
 def open_night(results: str, number: int | None = None) -> Night | None:
     """The published night, or the night of a number; None where nothing was published yet.
 
-    Raises ResultsError for a number that does not exist.
+    Raises ResultsError for a number that does not exist, or whose parts were collected.
     """
-    table = _open_table(results, "masks", number)
-    if table is None:
+    if number is not None:
+        oldest = oldest_kept_night(results)
+        if number < oldest:
+            raise ResultsError(
+                f"night {number} of {results} was collected by `reseg vacuum`; the oldest kept is "
+                f"{oldest}"
+            )
+        if number > (latest_night_number(results) or 0):
+            raise ResultsError(f"{results} has no night {number}")
+    masks = _open(results, "masks", number)
+    if masks is None:
         if number is not None:
             raise ResultsError(f"{results} has no night {number}: nothing is published there")
         return None
-    version = int(table.version())
-    commit = _commit_of(table, version)
-    metadata = json.loads(commit[METADATA_KEY])
-    adds = _adds(table)
-    others = {
-        name: _parts_by_shard(results, name, metadata["versions"][name])
-        for name in ("metrics", "cases")
-    }
-    shards = {
-        str(row["min.shard_id"]): PublishedShard(
-            shard_id=row["min.shard_id"],
-            version=row["min.shard_version"],
-            bundle_digest=row["min.bundle_digest"],
-            config_digest=row["min.config_digest"],
-            num_cases=row["max.case_index"] + 1 - min(0, row["min.case_index"]),
-            num_bad_cases=-min(0, row["min.case_index"]),
-            num_images=row["num_records"],
-            num_bad=row["num_records"] - row["null_count.error_class"],
-            parts=OldParts(
-                masks=row["path"],
-                **{n: found.get(row["min.shard_id"]) for n, found in others.items()},
-            ),
-        )
-        for row in sorted(adds, key=lambda row: row["min.shard_id"])
-    }
+    commit = _meaning_of(masks)
+    assert commit.metadata is not None
+    versions = commit.metadata["versions"]
+    others = {name: _paths_by_shard(results, name, versions[name]) for name in ("metrics", "cases")}
+    rows = sorted(masks.parts(), key=lambda part: str(part.stats["minValues"]["shard_id"]))
+    shards = (_published_shard(part, others) for part in rows)
     return Night(
         results=results,
-        number=version,
-        metadata=metadata,
-        published_ms=int(commit["timestamp"]),
-        shards=shards,
+        number=masks.version,
+        metadata=commit.metadata,
+        published_ms=commit.timestamp_ms,
+        shards={shard.shard_id: shard for shard in shards},
     )
 
 
-def _adds(table: DeltaTable) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
-    return rows
+def _published_shard(part: AddedPart, others: Mapping[str, Mapping[str, str]]) -> PublishedShard:
+    low, high = part.stats["minValues"], part.stats["maxValues"]
+    shard_id, num_images = low["shard_id"], part.stats["numRecords"]
+    num_bad_cases = -min(0, low["case_index"])
+    return PublishedShard(
+        shard_id=shard_id,
+        version=low["shard_version"],
+        bundle_digest=low["bundle_digest"],
+        config_digest=low["config_digest"],
+        num_cases=high["case_index"] + 1 + num_bad_cases,
+        num_bad_cases=num_bad_cases,
+        num_images=num_images,
+        num_bad=num_images - part.stats["nullCount"]["error_class"],
+        parts=OldParts(
+            masks=part.path,
+            metrics=others["metrics"].get(shard_id),
+            cases=others["cases"].get(shard_id),
+        ),
+    )
 
 
-def _parts_by_shard(results: str, name: str, version: int | None) -> dict[str, str]:
+def staged_night(
+    plan: RunPlan, receipts: Mapping[str, Receipt], base: Night | None, results: str
+) -> Night:
+    """The night that publishing a complete run would make, read before it is published.
+
+    base: the night that the run was planned on.
+    """
+    shards = dict(base.shards) if base is not None else {}
+    gone = {parts.masks for parts in plan.removed}
+    shards = {key: shard for key, shard in shards.items() if shard.parts.masks not in gone}
+    for work in plan.works:
+        receipt = receipts[work.shard_id]
+        shards.pop(work.shard_id, None)
+        if receipt.masks is None:
+            continue
+        parts = {name: getattr(receipt, name) for name in TABLES}
+        shards[work.shard_id] = PublishedShard(
+            shard_id=work.shard_id,
+            version=work.version,
+            bundle_digest=plan.bundle["digest"],
+            config_digest=plan.config_digest,
+            num_cases=receipt.num_cases,
+            num_images=receipt.num_images,
+            num_bad_cases=receipt.num_bad_cases,
+            num_bad=receipt.num_bad,
+            parts=OldParts(**{name: part and part.path for name, part in parts.items()}),
+        )
+    return Night(
+        results=results,
+        number=0 if base is None else base.number + 1,
+        metadata={
+            "run_id": plan.run_id,
+            "bundle": dict(plan.bundle),
+            "config": dict(plan.config),
+            "config_digest": plan.config_digest,
+            "source": dict(plan.source),
+            "code": dict(plan.code),
+        },
+        published_ms=0,
+        shards=dict(sorted(shards.items())),
+    )
+
+
+def _open(results: str, table: str, version: int | None = None) -> TableLog | None:
+    return delta.open_log(storage.join(results, table), version)
+
+
+def _paths_by_shard(results: str, name: str, version: int | None) -> dict[str, str]:
     if version is None:
         return {}
-    table = _open_table(results, name, version)
+    table = _open(results, name, version)
     if table is None:
         raise ResultsError(f"the table {name} of {results} is gone")
-    return {row["min.shard_id"]: row["path"] for row in _adds(table)}
+    return {part.stats["minValues"]["shard_id"]: part.path for part in table.parts()}
 
 
-def _open_table(results: str, name: str, version: int | None = None) -> DeltaTable | None:
-    uri = storage.join(results, name)
-    if not storage.is_remote(uri) and not os.path.isdir(storage.join(uri, "_delta_log")):
-        return None
-    try:
-        return DeltaTable(uri, version=version, storage_options=_storage_options(uri))
-    except TableNotFoundError:
-        return None
-    except DeltaError as error:
-        if version is not None:
-            raise ResultsError(f"{results} has no night {version}") from None
-        raise ResultsError(f"the log of {uri} cannot be read: {error}") from None
-
-
-def _storage_options(uri: str) -> dict[str, str] | None:
-    if not storage.is_remote(uri):
-        return None
-    plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    return {"AWS_ALLOW_HTTP": "true"} if plain_http else {}
-
-
-def _commit_of(table: DeltaTable, version: int) -> dict[str, Any]:
+def _meaning_of(masks: TableLog) -> Commit:
     """The commit that says what a version means; a plain restore means the one it restored."""
-    commits = {item["version"]: item for item in table.history()}
-    wanted = version
+    commits = {item.version: item for item in masks.commits()}
+    wanted = masks.version
     while True:
         commit = commits.get(wanted)
-        if commit is not None and METADATA_KEY in commit:
-            return {**commit, "timestamp": commits[version]["timestamp"]}
-        restored = (commit or {}).get("operationParameters", {}).get("version")
-        if restored is None or int(restored) >= wanted:
+        if commit is not None and commit.metadata is not None:
+            return replace(commit, timestamp_ms=commits[masks.version].timestamp_ms)
+        restored = None if commit is None else commit.restored
+        if restored is None or restored >= wanted:
             raise ResultsError(
-                f"version {version} of the masks table was not published by reseg; "
+                f"version {masks.version} of the masks table was not published by reseg; "
                 "roll back to one that was"
             )
-        wanted = int(restored)
+        wanted = restored
 
 
 def history(results: str) -> list[dict[str, Any]]:
-    """All nights, newest first: number, time, and what each commit recorded."""
-    table = _open_table(results, "masks")
+    """All nights, newest first: number, time, and what each commit recorded.
+
+    `kept` says whether a night can still be read.
+    """
+    table = _open(results, "masks")
     if table is None:
         raise ResultsError(f"{results} holds no published night")
-    nights = []
-    for commit in table.history():
-        metadata = json.loads(commit[METADATA_KEY]) if METADATA_KEY in commit else {}
-        nights.append(
-            {
-                "night": commit["version"],
-                "published_ms": commit["timestamp"],
-                "operation": commit["operation"],
-                **metadata,
-            }
-        )
-    return nights
+    oldest = oldest_kept_night(results)
+    return [
+        {
+            "night": commit.version,
+            "published_ms": commit.timestamp_ms,
+            "operation": commit.operation,
+            "kept": commit.version >= oldest,
+            **(commit.metadata or {}),
+        }
+        for commit in table.commits()
+    ]
 
 
-# Runs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan:
-    """What one run will do, frozen before it starts.
-
-    source: uri, format, patterns and number of buckets. removed: parts of shards that the source
-    no longer has. counts: as `reseg plan` prints them.
-    """
-
-    run_id: str
-    base_night: int | None
-    bundle: Mapping[str, Any]
-    config: Mapping[str, Any]
-    config_digest: str
-    source: Mapping[str, Any]
-    works: tuple[Work, ...]
-    removed: tuple[OldParts, ...]
-    counts: Mapping[str, Any]
-    code: Mapping[str, str] = field(default_factory=dict)
-
-    def work_keys(self) -> dict[str, str]:
-        """The key of each shard's work, by shard."""
-        return {w.shard_id: w.key(self.bundle["digest"], self.config_digest) for w in self.works}
-
-
-def run_uri(results: str, run_id: str, *parts: str) -> str:
-    """A path in a run's staging folder."""
-    return storage.join(results, "_runs", run_id, *parts)
-
-
-def save_plan(results: str, plan: RunPlan) -> None:
-    """Freeze a plan. Raises CommitConflict if another process froze another one under its id."""
-    from pipeline.records import to_plain
-
-    values = {**to_plain(plan), "works": [w.to_json().decode() for w in plan.works]}
-    data = gzip.compress(json.dumps(values, sort_keys=True).encode(), 6, mtime=0)
-    if not storage.create(run_uri(results, plan.run_id, "plan.json.gz"), data):
-        existing = storage.read(run_uri(results, plan.run_id, "plan.json.gz"))
-        if existing != data:
-            raise CommitConflict(f"the run {plan.run_id} was just started by another process")
-    config = json.dumps(plan.config, indent=1, sort_keys=True).encode()
-    storage.write(run_uri(results, plan.run_id, "config.json"), config)
-    storage.write(run_uri(results, "open", plan.run_id), b"")
-
-
-def load_plan(results: str, run_id: str) -> RunPlan | None:
-    """A frozen plan, or None where the run was never started."""
-    from pipeline.records import work_from_json
-
-    try:
-        data = storage.read(run_uri(results, run_id, "plan.json.gz"))
-    except FileNotFoundError:
-        return None
-    try:
-        values = json.loads(gzip.decompress(data))
-    except (OSError, EOFError, ValueError, zlib.error):
-        raise ResultsError(f"the plan of run {run_id} in {results} is damaged") from None
-    return RunPlan(
-        run_id=values["run_id"],
-        base_night=values.get("base_night"),
-        bundle=values["bundle"],
-        config=values["config"],
-        config_digest=values["config_digest"],
-        source=values["source"],
-        works=tuple(work_from_json(item.encode()) for item in values["works"]),
-        removed=tuple(OldParts(**item) for item in values["removed"]),
-        counts=values["counts"],
-        code=values.get("code", {}),
-    )
-
-
-def has_plan(results: str, run_id: str) -> bool:
-    """Whether a run was started, that is, its plan frozen."""
-    return storage.file_info(run_uri(results, run_id, "plan.json.gz")) is not None
-
-
-def open_runs(results: str) -> list[str]:
-    """Ids of runs that were planned and neither published nor set aside, oldest first."""
-    folder = storage.join(results, "_runs", "open")
-    if not storage.is_remote(folder) and not os.path.isdir(folder):
-        return []
-    return sorted(i.path for i in storage.list_files(folder) if not i.path.startswith(".tmp"))
-
-
-def close_run(results: str, run_id: str) -> None:
-    """Take a run off the list of open ones; its staging stays for whoever asks."""
-    storage.remove(run_uri(results, "open", run_id))
-
-
-def put_receipt(results: str, run_id: str, receipt: Receipt) -> Receipt:
-    """File a receipt; the first of a shard wins, and is returned."""
-    uri = run_uri(results, run_id, "receipts", f"{receipt.shard_id}.json")
-    if storage.create(uri, receipt.to_json()):
-        return receipt
-    return receipt_from_json(storage.read(uri))
-
-
-def load_receipt(results: str, run_id: str, shard_id: str) -> Receipt | None:
-    """A shard's receipt, or None while it has none. Raises ResultsError if it is damaged."""
-    try:
-        data = storage.read(run_uri(results, run_id, "receipts", f"{shard_id}.json"))
-    except FileNotFoundError:
-        return None
-    try:
-        return receipt_from_json(data)
-    except (ValueError, KeyError, TypeError):
-        raise ResultsError(f"the receipt of {shard_id} in run {run_id} is damaged") from None
-
-
-def withdraw_receipt(results: str, run_id: str, shard_id: str) -> None:
-    """Take a receipt back, so that its shard is computed again; its parts become orphans."""
-    storage.remove(run_uri(results, run_id, "receipts", f"{shard_id}.json"))
-
-
-def load_receipts(results: str, plan: RunPlan) -> dict[str, Receipt]:
-    """The receipts of a run that can be relied on, by shard.
-
-    Those whose parts are not there, or that hold images which failed for a passing reason, are
-    withdrawn: their shards are computed again.
-    """
-    keys = plan.work_keys()
-
-    def load(shard_id: str) -> Receipt | None:
-        receipt = _load_reliable(results, plan.run_id, shard_id, keys[shard_id])
-        if receipt is None:
-            withdraw_receipt(results, plan.run_id, shard_id)
-        return receipt
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {item.shard_id: item for item in pool.map(load, keys) if item is not None}
-
-
-def _load_reliable(results: str, run_id: str, shard_id: str, work_key: str) -> Receipt | None:
-    """A receipt for exactly this work, whole, with its parts, and without passing failures."""
-    try:
-        receipt = load_receipt(results, run_id, shard_id)
-    except ResultsError:
-        return None
-    if receipt is None or receipt.work_key != work_key or receipt.num_to_retry:
-        return None
-    for table in TABLES:
-        part: PartFile | None = getattr(receipt, table)
-        if part is not None:
-            info = storage.file_info(storage.join(results, table, part.path))
-            if info is None or info.size != part.size_bytes:
-                return None
-    return receipt
-
-
-def adopt_receipts(results: str, plan: RunPlan, abandoned: str) -> int:
-    """Take over from an unfinished run the shards whose work is still exactly the same."""
-    adopted = 0
-    for shard_id, key in plan.work_keys().items():
-        receipt = _load_reliable(results, abandoned, shard_id, key)
-        if receipt is not None:
-            put_receipt(results, plan.run_id, receipt)
-            adopted += 1
-    return adopted
-
-
-# Verification and publication
-
-
-def verify_receipts(results: str, plan: RunPlan, receipts: Mapping[str, Receipt]) -> None:
-    """Check on the store that every planned image is there exactly once, in parts as received.
-
-    Raises VerificationError.
-    """
-    missing = [work.path for work in plan.works if work.shard_id not in receipts]
-    if missing:
-        raise VerificationError(f"{len(missing)} planned shards have no receipt, as {missing[0]!r}")
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda w: _verify_shard(results, w, receipts[w.shard_id]), plan.works)
-        problems = [
-            (work, problem) for work, problem in zip(plan.works, found, strict=True) if problem
-        ]
-    for work, _ in problems:
-        withdraw_receipt(results, plan.run_id, work.shard_id)
-    if problems:
-        raise VerificationError(
-            f"{problems[0][1]} ({len(problems)} shards in all); nothing is published, and the same "
-            "command computes them again"
-        )
-
-
-def _verify_shard(results: str, work: Work, receipt: Receipt) -> str | None:
-    for table in TABLES:
-        part: PartFile | None = getattr(receipt, table)
-        if part is None:
-            continue
-        uri = storage.join(results, table, part.path)
-        try:
-            data = storage.read(uri)
-        except FileNotFoundError:
-            return f"the part {uri} is not there"
-        if sha256_hex(data) != part.sha256:
-            return f"the part {uri} does not have the digest of its receipt"
-        if table == "masks" and (problem := _verify_rows(data, work)):
-            return f"the part {uri} {problem}"
-    if receipt.masks is None and (work.compute or work.copy):
-        return f"the shard {work.path!r} has cases, but no part of masks"
-    return None
-
-
-def _verify_rows(data: bytes, work: Work) -> str | None:
-    columns = ["image_id", "case_id", "slice_name"]
-    rows = pq.ParquetFile(pa.BufferReader(data)).read(columns).to_pylist()
-    if len({row["image_id"] for row in rows}) != len(rows):
-        return "holds an image twice"
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(row["case_id"], set()).add(row["slice_name"])
-    copied = {case_id for case_id, _ in work.copy}
-    wanted = {case.case_id for case in work.compute} | copied
-    if found.keys() != wanted:
-        odd = sorted(found.keys() ^ wanted)[0]
-        return f"does not hold the planned cases: {odd!r}"
-    for case in work.compute:
-        names = found[case.case_id]
-        for item in case.slices:
-            if not names & {item.name, f"{item.name}.0"}:
-                return f"lacks the slice {item.name!r} of {case.case_id!r}"
-    return None
+def night_of_run(results: str, run_id: str) -> int | None:
+    """The night that a run published, or None if it did not."""
+    return published_version(results, "masks", run_id)
 
 
 def published_version(results: str, table: str, run_id: str) -> int | None:
     """The version in which a run committed to a table, or None if it did not."""
-    opened = _open_table(results, table)
-    if opened is None or opened.transaction_version(run_id) is None:
+    opened = _open(results, table)
+    if opened is None or not opened.has_run(run_id):
         return None
-    for commit in opened.history():
-        if METADATA_KEY in commit and json.loads(commit[METADATA_KEY])["run_id"] == run_id:
-            return int(commit["version"])
+    for commit in opened.commits():
+        if commit.metadata is not None and commit.metadata["run_id"] == run_id:
+            return commit.version
     return None
+
+
+# Which nights are kept
+
+_KEPT = "oldest_kept_night.json"
+
+
+def oldest_kept_night(results: str) -> int:
+    """Nights before this one may have lost parts."""
+    try:
+        return int(json.loads(storage.read(storage.join(results, "_runs", _KEPT)))["night"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError):
+        raise ResultsError(
+            f"{results}/_runs/{_KEPT} is damaged; `reseg vacuum` writes it anew"
+        ) from None
+
+
+def keep_nights_from(results: str, night: int) -> None:
+    """Say, before parts are deleted, that nights before this one cannot be relied on."""
+    storage.write(storage.join(results, "_runs", _KEPT), json.dumps({"night": night}).encode())
+
+
+# Publication
 
 
 def publish(
@@ -537,26 +268,89 @@ def publish(
     Safe to call again after any failure: a table that has the run's transaction is not committed
     twice. Raises CommitConflict if another run published since this one was planned.
     """
-    done = published_version(results, "masks", plan.run_id)
-    if done is not None:
-        return done
-    if latest_night_number(results) != plan.base_night:
-        raise _conflict(plan)
-    base = open_night(results)
-    versions: dict[str, int | None] = {}
-    for table in TABLES[:-1]:
-        named = None if base is None else base.metadata["versions"][table]
-        versions[table] = _commit_side(results, table, plan, receipts, named)
-    metadata = {**record, "run_id": plan.run_id, "versions": versions}
-    return _commit(results, "masks", plan, receipts, metadata, plan.base_night)
+    changes = {table: _changes(table, plan, receipts) for table in TABLES}
+    return _replace_night(results, plan.run_id, plan.base_night, changes, record)
 
 
-def _conflict(plan: RunPlan) -> CommitConflict:
-    base = (
-        "before the first night" if plan.base_night is None else f"against night {plan.base_night}"
-    )
+def rollback(results: str, to: int, because: str, *, run_id: str, operator: str) -> int:
+    """Publish an old night's content again, as a new night on the record; its number.
+
+    Raises ConfigError if there is nothing to take back or no reason is given.
+    """
+    if not because.strip():
+        raise ConfigError("a rollback goes on the record: say why, with --because")
+    base, old = open_night(results), open_night(results, to)
+    if base is None or old is None:
+        raise ResultsError(f"{results} holds no published night")
+    changes = {}
+    for table in TABLES:
+        now, then = (_parts_of(night, table) for night in (base, old))
+        changes[table] = (
+            [part for path, part in then.items() if path not in now],
+            [path for path in now if path not in then],
+        )
+    if not any(added or removed for added, removed in changes.values()):
+        raise ConfigError(f"night {base.number} already has the content of night {to}")
+    missing = _missing_parts(results, changes)
+    if missing:
+        raise ResultsError(f"night {to} cannot come back: its part {missing} is gone")
+    kept = {key: value for key, value in old.metadata.items() if key != "rollback"}
+    record = {
+        **kept,
+        "operator": operator,
+        "because": because,
+        "rollback": {"to": to, "run_id": old.metadata["run_id"]},
+    }
+    return _replace_night(results, run_id, base.number, changes, record)
+
+
+def _missing_parts(results: str, changes: Changes) -> str | None:
+    for table, (added, _) in changes.items():
+        for part in added:
+            uri = storage.join(results, table, part.path)
+            info = storage.file_info(uri)
+            if info is None or info.size != part.size_bytes:
+                return uri
+    return None
+
+
+def _parts_of(night: Night, table: str) -> dict[str, AddedPart]:
+    version = night.number if table == "masks" else night.metadata["versions"][table]
+    opened = None if version is None else _open(night.results, table, version)
+    return {} if opened is None else {part.path: part for part in opened.parts()}
+
+
+def _replace_night(
+    results: str,
+    run_id: str,
+    base_night: int | None,
+    changes: Changes,
+    record: Mapping[str, Any],
+) -> int:
+    """The protocol: side tables first, on what the base night names; `masks` on exactly that night."""
+    done = night_of_run(results, run_id)
+    if done is None:
+        if latest_night_number(results) != base_night:
+            raise _conflict(run_id, base_night)
+        base = open_night(results)
+        versions = {
+            table: _commit_side(results, table, run_id, changes[table], base)
+            for table in TABLES[:-1]
+        }
+        metadata = {**record, "run_id": run_id, "versions": versions}
+        try:
+            done = _commit(results, "masks", run_id, changes["masks"], metadata, base_night)
+        except CommitConflict:
+            settle(results)
+            raise _conflict(run_id, base_night) from None
+    settle(results)
+    return done
+
+
+def _conflict(run_id: str, base_night: int | None) -> CommitConflict:
+    base = "before the first night" if base_night is None else f"against night {base_night}"
     return CommitConflict(
-        f"run {plan.run_id} was planned {base}, but another run has published since; nothing of "
+        f"run {run_id} was planned {base}, but another run has published since; nothing of "
         "it is visible; start again, and what it computed is used where it still fits"
     )
 
@@ -564,115 +358,102 @@ def _conflict(plan: RunPlan) -> CommitConflict:
 def _commit_side(
     results: str,
     table: str,
-    plan: RunPlan,
-    receipts: Mapping[str, Receipt],
-    named: int | None,
+    run_id: str,
+    change: tuple[Sequence[AddedPart], Sequence[str]],
+    base: Night | None,
 ) -> int | None:
     """Commit to `metrics` or `cases`, first taking back what no night names."""
-    done = published_version(results, table, plan.run_id)
+    done = published_version(results, table, run_id)
     if done is not None:
         return done
-    opened = _open_table(results, table)
-    current = None if opened is None else int(opened.version())
-    if opened is not None and named is not None and current != named:
-        opened.restore(named)
-        current = int(opened.version())
-    if opened is not None and named is None:
-        _remove_all(opened, plan)
-        current = int(opened.version())
-    return _commit(results, table, plan, receipts, {"run_id": plan.run_id}, current)
+    current = _settle_table(results, table, base)
+    return _commit(results, table, run_id, change, {}, current)
 
 
-def _remove_all(opened: DeltaTable, plan: RunPlan) -> None:
-    """Take back a first commit that no night ever named."""
-    removes: list[AddAction | RemoveAction] = [_remove(row["path"]) for row in _adds(opened)]
-    if removes:
-        opened.create_write_transaction(
-            removes,
-            "append",
-            Schema.from_arrow(table_schema(opened.table_uri.rstrip("/").rsplit("/", 1)[-1])),
-            commit_properties=CommitProperties(max_commit_retries=0),
-        )
-        opened.update_incremental()
+def settle(results: str) -> None:
+    """Bring `metrics` and `cases` to what the published night names, if a dead run left them elsewhere.
+
+    Readers of ours pin versions and never notice; this is for readers of the newest version.
+    A commit of somebody else in between wins; whoever publishes next settles again.
+    """
+    base = open_night(results)
+    for table in TABLES[:-1]:
+        try:
+            _settle_table(results, table, base)
+        except CommitConflict:
+            continue
+
+
+def _settle_table(results: str, table: str, base: Night | None) -> int | None:
+    """The newest version of a side table, once it holds what `base` names."""
+    opened = _open(results, table)
+    if opened is None:
+        return None
+    named = {} if base is None else _parts_of(base, table)
+    present = {part.path for part in opened.parts()}
+    if present == named.keys():
+        return opened.version
+    change = (
+        [part for path, part in named.items() if path not in present],
+        sorted(present - named.keys()),
+    )
+    run_id = f"settle-{opened.version + 1}"
+    return _commit(results, table, run_id, change, {"settled": True}, opened.version)
 
 
 def _commit(
     results: str,
     table: str,
-    plan: RunPlan,
-    receipts: Mapping[str, Receipt],
+    run_id: str,
+    change: tuple[Sequence[AddedPart], Sequence[str]],
     metadata: Mapping[str, Any],
     base_version: int | None,
 ) -> int:
     """One commit on top of exactly `base_version`; looks again before it believes a failure."""
-    actions = list(_actions(table, plan, receipts))
+    added, removed = change
     uri = storage.join(results, table)
-    schema = Schema.from_arrow(table_schema(table))
-    properties = CommitProperties(
-        max_commit_retries=0,
-        custom_metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
-        app_transactions=[Transaction(plan.run_id, 1)],
-    )
+    failure = None
     try:
-        if base_version is None:
-            adds = [action for action in actions if isinstance(action, AddAction)]
-            create_table_with_add_actions(
-                uri,
-                schema,
-                adds,
-                configuration=_TABLE_CONFIGURATION,
-                commit_properties=properties,
-                storage_options=_storage_options(uri),
-            )
-        else:
-            opened = _open_table(results, table, base_version)
-            if opened is None:
-                raise ResultsError(f"the table {uri} is gone")
-            opened.create_write_transaction(actions, "append", schema, commit_properties=properties)
-    except (CommitFailedError, DeltaError, OSError) as error:
-        landed = published_version(results, table, plan.run_id)
-        if landed is not None:
-            return landed
-        if latest_version(results, table) != base_version:
-            raise _conflict(plan) from None
-        raise VerificationError(f"the commit to {uri} failed: {error}") from None
-    landed = published_version(results, table, plan.run_id)
-    if landed is None:
+        delta.commit(
+            uri,
+            table_schema(table),
+            adds=added,
+            removes=removed,
+            run_id=run_id,
+            metadata={**metadata, "run_id": run_id},
+            base_version=base_version,
+        )
+    except delta.CommitFailed as error:
+        failure = error
+    landed = published_version(results, table, run_id)
+    if landed is not None:
+        return landed
+    if failure is None:
         raise VerificationError(f"the commit to {uri} was accepted, but is not there")
-    return landed
+    if latest_version(results, table) != base_version:
+        raise CommitConflict(f"another run has committed to {uri}")
+    raise VerificationError(f"the commit to {uri} failed: {failure}")
 
 
-def latest_version(results: str, table: str) -> int | None:
-    """The newest version of one table, None where there is no table."""
-    opened = _open_table(results, table)
-    return None if opened is None else int(opened.version())
-
-
-def _actions(
+def _changes(
     table: str, plan: RunPlan, receipts: Mapping[str, Receipt]
-) -> Iterator[AddAction | RemoveAction]:
+) -> tuple[list[AddedPart], list[str]]:
+    added: list[AddedPart] = []
+    removed: list[str] = []
     for work in plan.works:
         part: PartFile | None = getattr(receipts[work.shard_id], table)
         old: str | None = getattr(work.old, table)
         if part is not None and part.path == old:
             continue
         if part is not None:
-            yield _add(part)
+            added.append(AddedPart(path=part.path, size_bytes=part.size_bytes, stats=part.stats))
         if old is not None:
-            yield _remove(old)
+            removed.append(old)
     for parts in plan.removed:
         old = getattr(parts, table)
         if old is not None:
-            yield _remove(old)
-
-
-def _add(part: PartFile) -> AddAction:
-    now_ms = int(time.time() * 1000)
-    return AddAction(part.path, part.size_bytes, {}, now_ms, True, json.dumps(part.stats))
-
-
-def _remove(path: str) -> RemoveAction:
-    return RemoveAction(path, True, int(time.time() * 1000))
+            removed.append(old)
+    return added, removed
 
 
 # Looking things up

@@ -24,13 +24,14 @@ class FileInfo:
     """One listed file. `path` is relative to the listed folder, with `/`.
 
     version: etag, or size and mtime in nanoseconds. special: a FIFO, socket or device, which
-    must never be opened.
+    must never be opened. modified_s: seconds since 1970 by the clock of whoever stores it.
     """
 
     path: str
     size: int
     version: str
     special: bool = False
+    modified_s: float = 0.0
 
 
 def resolve(location: str) -> str:
@@ -101,7 +102,13 @@ def _list_local(root: str) -> Iterator[FileInfo]:
             if not stat.S_ISDIR(info.st_mode):
                 special = not stat.S_ISREG(info.st_mode)
                 version = _local_version(info)
-                yield FileInfo(path=path, size=info.st_size, version=version, special=special)
+                yield FileInfo(
+                    path=path,
+                    size=info.st_size,
+                    version=version,
+                    special=special,
+                    modified_s=info.st_mtime,
+                )
             elif entry.is_symlink():
                 linked.append(path)
             else:
@@ -138,6 +145,7 @@ def _list_s3(uri: str) -> Iterator[FileInfo]:
                         path=path[len(start) :],
                         size=item["size"],
                         version=item["e_tag"] or f"{item['size']}-{item['last_modified']}",
+                        modified_s=item["last_modified"].timestamp(),
                     )
     except Exception as error:  # noqa: BLE001  (obstore's errors share no public root)
         raise SourceError(f"cannot list {uri}: {_brief(error)}") from None
@@ -163,6 +171,7 @@ def file_info(uri: str) -> FileInfo | None:
         size=info.st_size,
         version=_local_version(info),
         special=not stat.S_ISREG(info.st_mode),
+        modified_s=info.st_mtime,
     )
 
 
@@ -298,6 +307,11 @@ def check_writable(uri: str) -> None:
         raise ConfigError(f"{uri} cannot be a folder: {folder} is a file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{uri} is not writable: no permission in {folder}")
+
+
+def is_folder(uri: str) -> bool:
+    """Whether there is a local folder of this name; in object storage nothing is one."""
+    return not is_remote(uri) and os.path.isdir(uri)
 
 
 def is_empty(uri: str) -> bool:

@@ -8,9 +8,20 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from pipeline import storage
+
+
+class Report(Protocol):
+    """Whoever wants to know how far something is: `Progress`, or nobody."""
+
+    def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
+        """`done` of `total`, and what is being done."""
+
+
+def silent(done: int, total: int, what: str, note: str = "") -> None:
+    """Nobody wants to know."""
 
 
 class Progress:
@@ -102,3 +113,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def no_formula(value: Any) -> Any:
+    """A cell of a CSV file: a name that a spreadsheet would run as a formula becomes text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value

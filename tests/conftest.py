@@ -108,7 +108,7 @@ def segment_here() -> Callable[..., Any]:
     def stream(todo: Any, job: Any, pool: Any) -> Iterator[Any]:
         import pyarrow as pa
 
-        from pipeline.results import receipt_from_json
+        from pipeline.records import receipt_from_json
 
         actor = segment._PredictStage(job)
         for work in todo:

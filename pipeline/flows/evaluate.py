@@ -13,9 +13,10 @@ from pipeline import results, storage
 from pipeline.bundle import load_bundle
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, SourceError
-from pipeline.flows.segment import Report, run_segment
+from pipeline.flows.segment import run_segment
 from pipeline.formats import FORMATS, open_source
 from pipeline.report import draw_dice_bars
+from pipeline.telemetry import Report, no_formula
 
 _RESULTS, _TABLE, _CHART, _SUMMARY = "results", "cases.csv", "dice.png", "evaluation.json"
 _MARK = ".reseg-evaluation"
@@ -169,13 +170,8 @@ def _as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     return text.getvalue().encode()
-
-
-def _no_formula(value: Any) -> Any:
-    """A name that a spreadsheet would run as a formula, as text."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
 def _chart(evaluation: Evaluation) -> bytes:

@@ -10,32 +10,29 @@ import json
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import local
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import results, storage
+from pipeline import results, runs, storage, tables
 from pipeline.bundle import Bundle, build_model, load_bundle
 from pipeline.cases import (
     CaseRows,
     DecodedCase,
-    PredictedCase,
     decode_case,
     finish_case,
-    mark_unusable,
     pack_predicted,
     unpack_predicted,
 )
 from pipeline.config import SegmentConfig, output_digest
 from pipeline.errors import (
     RETRIED_ERRORS,
-    BadImage,
     ConfigError,
     ErrorClass,
     ResegError,
@@ -46,7 +43,7 @@ from pipeline.errors import (
 )
 from pipeline.flows.cluster import Pool, connect, num_cores, plan_pool, quiet_deprecations
 from pipeline.formats import FORMATS, Source
-from pipeline.planning import check_run_id, make_plan
+from pipeline.planning import Selection, check_run_id, make_plan, operator
 from pipeline.records import (
     STATUS_OK,
     EncodedCase,
@@ -57,16 +54,14 @@ from pipeline.records import (
     receipt_from_json,
     work_from_json,
 )
-from pipeline.results import RunPlan
+from pipeline.runs import RunPlan
 from pipeline.sandbox import Sandbox
-from pipeline.telemetry import RunLog
+from pipeline.telemetry import Report, RunLog, silent
 
 _STAGE_NAMES = {"_read_stage": "read", "_PredictStage": "predict", "_finish_stage": "finish"}
 _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*): .+)$", re.MULTILINE)
 _MAX_BYTES_IN_ROW = 512 << 20
 _LOOKAHEAD = 2
-
-Report = Callable[[int, int, str, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +99,32 @@ class Summary:
         return {**values, "cases": counts["cases"], "images": counts["images"]}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """A run that is computed, and of which nothing is visible yet; or what was found done already.
+
+    published_as: the night of a run that was published before. With nothing to do, `is_idle`.
+    """
+
+    plan: RunPlan
+    results: str
+    receipts: dict[str, Receipt]
+    resumed: bool
+    published_as: int | None
+    started: float
+    log: RunLog
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the source, the bundle and the settings are those of the published night."""
+        return not self.plan.works and not self.plan.removed
+
+    @property
+    def ordered(self) -> list[Receipt]:
+        """Receipts in the order of the plan."""
+        return [self.receipts[work.shard_id] for work in self.plan.works]
+
+
 def run_segment(
     location: str,
     results_location: str,
@@ -114,31 +135,80 @@ def run_segment(
     limit: int | None = None,
     address: str | None = None,
     report: Report | None = None,
+    only: Selection | None = None,
 ) -> Summary:
     """Bring the results up to date with source, bundle and configuration; publish one night.
 
     Does nothing if nothing changed. Finishes an unfinished run whose plan still holds, and takes
-    over from one that no longer holds the shards that are still the same. Raises ResegError.
+    over from one that no longer holds the shards that are still the same. only: the part of
+    the source to look at. Raises ResegError.
     """
+    staged = stage_run(
+        location,
+        results_location,
+        bundle_location,
+        config,
+        run_id=run_id,
+        limit=limit,
+        address=address,
+        report=report,
+        only=only,
+    )
+    if staged.published_as is not None or staged.is_idle:
+        return summarize(staged, staged.published_as)
+    record = make_record(staged)
+    total, bad = record["totals"]["images"], record["counts"]["images"]["bad"]
+    if total and bad / total > config.max_bad_share:
+        raise TooManyBadImages(
+            f"{bad} of {total} images are bad ({bad / total:.1%}, allowed are "
+            f"{config.max_bad_share:.1%}): {_classes_in_words(record['bad_by_class'])}; run "
+            f"{staged.plan.run_id} is complete but not published; the same command with a higher "
+            "--max-bad-share publishes it at once"
+        )
+    night = publish_staged(staged, record)
+    return summarize(staged, night, record)
+
+
+def stage_run(
+    location: str,
+    results_location: str,
+    bundle_location: str,
+    config: SegmentConfig,
+    *,
+    run_id: str | None = None,
+    limit: int | None = None,
+    address: str | None = None,
+    report: Report | None = None,
+    only: Selection | None = None,
+) -> Staged:
+    """Plan, compute and verify, up to but without the commit. Raises ResegError."""
     started = time.monotonic()
-    report = report or _silent
+    report = report or silent
     bundle = load_bundle(bundle_location)
     results_uri = storage.resolve(results_location)
     storage.check_writable(results_uri)
     plan, resumed = _find_or_make_plan(
-        location, results_uri, bundle, config, run_id, limit, lambda d, t, w: report(d, t, w, "")
+        location, results_uri, bundle, config, run_id, limit, only, report
     )
+    log = RunLog(runs.run_uri(results_uri, plan.run_id, "log.jsonl"))
+    done = None
     if plan.base_night is not None or resumed:
-        done = results.published_version(results_uri, "masks", plan.run_id)
-        if done is not None:
-            results.close_run(results_uri, plan.run_id)
-            return _summary(plan, [], done, started, resumed=True, published=True)
-    if not plan.works and not plan.removed:
-        return _summary(plan, [], plan.base_night, started, resumed=False, published=False)
+        done = results.night_of_run(results_uri, plan.run_id)
+    staged = Staged(
+        plan=plan,
+        results=results_uri,
+        receipts={},
+        resumed=resumed,
+        published_as=done,
+        started=started,
+        log=log,
+    )
+    if done is not None or staged.is_idle:
+        _close_published(results_uri)
+        return staged
     build_model(bundle)
-    log = RunLog(results.run_uri(results_uri, plan.run_id, "log.jsonl"))
     log("start", run=plan.run_id, resumed=resumed, shards=len(plan.works), counts=plan.counts)
-    receipts = results.load_receipts(results_uri, plan) if resumed else {}
+    receipts = runs.load_receipts(results_uri, plan) if resumed else {}
     try:
         if len(receipts) < len(plan.works):
             threads = max(1, config.inference.threads)
@@ -149,27 +219,63 @@ def run_segment(
                 _compute(plan, receipts, results_uri, bundle, config, pool, report, log)
         elif not resumed:
             _start_run(plan, results_uri, resumed=resumed)
-        return _publish(plan, results_uri, receipts, config, started, log, resumed=resumed)
+        runs.verify_receipts(results_uri, plan, receipts)
     except BaseException as error:
         log("stopped", run=plan.run_id, reason=type(error).__name__)
         raise
     finally:
-        if results.has_plan(results_uri, plan.run_id):
+        if runs.has_plan(results_uri, plan.run_id):
             log.save()
+    return replace(staged, receipts=receipts)
+
+
+def make_record(staged: Staged) -> dict[str, Any]:
+    """What the commit of a staged run will say about it."""
+    plan = staged.plan
+    totals = night_totals(staged.results, plan, staged.ordered)
+    counts = {key: dict(value) for key, value in plan.counts.items()}
+    counts["images"]["bad"], counts["cases"]["bad"] = totals.num_bad, totals.num_bad_cases
+    return {
+        "bundle": dict(plan.bundle),
+        "config": dict(plan.config),
+        "config_digest": plan.config_digest,
+        "source": dict(plan.source),
+        "counts": counts,
+        "totals": {"cases": totals.num_cases, "images": totals.num_images},
+        "code": dict(plan.code),
+        "operator": operator(),
+        "bad_by_class": bad_by_class(staged.results, staged.ordered),
+        "computed_images": sum(receipt.num_computed for receipt in staged.ordered),
+    }
+
+
+def publish_staged(staged: Staged, record: Mapping[str, Any]) -> int:
+    """Commit a staged run; the number of its night. Raises CommitConflict."""
+    plan = staged.plan
+    night = results.publish(staged.results, plan, staged.receipts, record)
+    for finished in runs.open_runs(staged.results):  # others were planned on an older night
+        runs.close_run(staged.results, finished)
+    total, bad = record["totals"]["images"], record["counts"]["images"]["bad"]
+    staged.log("published", run=plan.run_id, night=night, images=total, bad=bad)
+    staged.log.save()
+    return night
+
+
+def _close_published(results_uri: str) -> None:
+    """Take runs off the list that were killed between their commit and their last word."""
+    for run_id in runs.open_runs(results_uri):
+        if results.night_of_run(results_uri, run_id) is not None:
+            runs.close_run(results_uri, run_id)
 
 
 def _start_run(plan: RunPlan, results_uri: str, *, resumed: bool) -> dict[str, Receipt]:
     """Freeze a new plan and take over what open runs have done of it; the receipts there are."""
     if not resumed:
-        results.save_plan(results_uri, plan)
-        for abandoned in results.open_runs(results_uri):
+        runs.save_plan(results_uri, plan)
+        for abandoned in runs.open_runs(results_uri):
             if abandoned != plan.run_id:
-                results.adopt_receipts(results_uri, plan, abandoned)
-    return results.load_receipts(results_uri, plan)
-
-
-def _silent(done: int, total: int, what: str, note: str) -> None:
-    """No progress is wanted."""
+                runs.adopt_receipts(results_uri, plan, abandoned)
+    return runs.load_receipts(results_uri, plan)
 
 
 def _find_or_make_plan(
@@ -179,21 +285,29 @@ def _find_or_make_plan(
     config: SegmentConfig,
     run_id: str | None,
     limit: int | None,
-    progress: Callable[[int, int, str], None],
+    only: Selection | None,
+    report: Report,
 ) -> tuple[RunPlan, bool]:
     """The plan to carry out, and whether it is that of a run that was started before."""
     if run_id is not None:
-        frozen = results.load_plan(results_uri, check_run_id(run_id))
+        frozen = runs.load_plan(results_uri, check_run_id(run_id))
         if frozen is not None:
             _check_frozen(frozen, location, bundle, config)
             return frozen, True
     plan = make_plan(
-        location, results_uri, bundle, config, run_id=run_id, limit=limit, progress=progress
+        location,
+        results_uri,
+        bundle,
+        config,
+        run_id=run_id,
+        limit=limit,
+        only=only,
+        progress=report,
     )
     if run_id is None:
-        for candidate in results.open_runs(results_uri):
+        for candidate in runs.open_runs(results_uri):
             with suppress(ResultsError):  # a damaged plan is set aside with its run
-                frozen = results.load_plan(results_uri, candidate)
+                frozen = runs.load_plan(results_uri, candidate)
                 if frozen is not None and _is_same_plan(frozen, plan):
                     return frozen, True
     return plan, False
@@ -361,50 +475,11 @@ def _cause(error: BaseException, run_id: str) -> ResegError:
     )
 
 
-def _publish(
-    plan: RunPlan,
-    results_uri: str,
-    receipts: dict[str, Receipt],
-    config: SegmentConfig,
-    started: float,
-    log: RunLog,
-    *,
-    resumed: bool,
-) -> Summary:
-    """Verify, judge the share of bad images, commit."""
-    ordered = [receipts[work.shard_id] for work in plan.works]
-    results.verify_receipts(results_uri, plan, receipts)
-    totals = night_totals(results_uri, plan, ordered)
-    total, bad = totals.num_images, totals.num_bad
-    counts = {key: dict(value) for key, value in plan.counts.items()}
-    counts["images"]["bad"], counts["cases"]["bad"] = totals.num_bad, totals.num_bad_cases
-    if total and bad / total > config.max_bad_share:
-        raise TooManyBadImages(
-            f"{bad} of {total} images are bad ({bad / total:.1%}, allowed are "
-            f"{config.max_bad_share:.1%}): {_classes_in_words(results_uri, ordered)}; run "
-            f"{plan.run_id} is complete but not published; the same command with a higher "
-            "--max-bad-share publishes it at once"
-        )
-    record = {
-        "bundle": dict(plan.bundle),
-        "config": asdict(config),
-        "config_digest": plan.config_digest,
-        "source": dict(plan.source),
-        "counts": counts,
-        "code": dict(plan.code),
-        "bad_by_class": bad_by_class(results_uri, ordered),
-    }
-    night = results.publish(results_uri, plan, receipts, record)
-    for finished in results.open_runs(results_uri):  # others were planned on an older night
-        results.close_run(results_uri, finished)
-    log("published", run=plan.run_id, night=night, images=total, bad=bad)
-    return _summary(plan, ordered, night, started, resumed=resumed, published=True, record=record)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """What a night holds in all, the shards that the run does not touch included."""
 
+    num_cases: int
     num_images: int
     num_bad_cases: int
     num_bad: int
@@ -423,6 +498,7 @@ def night_totals(results_uri: str, plan: RunPlan, receipts: Sequence[Receipt]) -
             if shard.shard_id not in touched and shard.parts.masks not in removed
         ]
     return Totals(
+        num_cases=sum(item.num_cases for item in counted),
         num_images=sum(item.num_images for item in counted),
         num_bad_cases=sum(item.num_bad_cases for item in counted),
         num_bad=sum(item.num_bad for item in counted),
@@ -434,42 +510,37 @@ def bad_by_class(results_uri: str, receipts: Sequence[Receipt]) -> dict[str, int
     found: dict[str, int] = {}
     for receipt in receipts:
         if receipt.num_bad and receipt.masks is not None:
-            rows = results.read_part(results_uri, "masks", receipt.masks.path, ["error_class"])
+            rows = tables.read_part(results_uri, "masks", receipt.masks.path, ["error_class"])
             for name in rows.column("error_class").to_pylist():
                 if name is not None:
                     found[name] = found.get(name, 0) + 1
     return dict(sorted(found.items()))
 
 
-def _classes_in_words(results_uri: str, receipts: Sequence[Receipt]) -> str:
-    found = bad_by_class(results_uri, receipts)
+def _classes_in_words(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.items()) or "from earlier nights"
 
 
-def _summary(
-    plan: RunPlan,
-    receipts: Sequence[Receipt],
-    night: int | None,
-    started: float,
-    *,
-    resumed: bool,
-    published: bool,
-    record: Mapping[str, Any] | None = None,
+def summarize(
+    staged: Staged, night: int | None, record: Mapping[str, Any] | None = None
 ) -> Summary:
-    """record: what the commit recorded, where the run made one."""
+    """What a run did. record: what the commit recorded or would record, where the run has one."""
+    plan = staged.plan
+    receipts = staged.ordered if record else []
     stages: dict[str, float] = {}
     for receipt in receipts:
         for name, value in receipt.seconds.items():
             stages[name] = round(stages.get(name, 0.0) + value, 3)
+    idle = staged.is_idle and staged.published_as is None
     return Summary(
         run_id=plan.run_id,
-        night=night,
-        published=published,
-        resumed=resumed,
+        night=plan.base_night if idle else night,
+        published=night is not None,
+        resumed=staged.resumed,
         counts=record["counts"] if record else plan.counts,
         computed_images=sum(receipt.num_computed for receipt in receipts),
         bad_by_class=record["bad_by_class"] if record else {},
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round(time.monotonic() - staged.started, 3),
         stage_seconds=stages,
         notes=tuple(dict.fromkeys(note for receipt in receipts for note in receipt.notes)),
     )
@@ -504,7 +575,7 @@ class _PredictStage:
     """An actor: decoders in children, the network on its device, one shard a call."""
 
     def __init__(self, job: Job) -> None:
-        from pipeline.inference import Predictor, keep_freed_memory
+        from pipeline.inference import Predictor, keep_freed_memory, predict_cases
 
         keep_freed_memory()
         bundle = load_bundle(job.bundle_uri)
@@ -513,6 +584,7 @@ class _PredictStage:
                 f"the bundle {job.bundle_uri} is no longer the one that the run was planned with"
             )
         self._job = job
+        self._predict_cases = predict_cases
         self._num_labels = len(bundle.labels)
         self._predictor = Predictor(bundle, job.config.inference, job.config.resources.device)
         self._decoders = ThreadPoolExecutor(job.config.resources.decoders)
@@ -529,7 +601,7 @@ class _PredictStage:
             )
             started = time.monotonic()
             self._decode_s = 0.0
-            predicted = predict_cases(self._decoded(encoded), self._predictor)
+            predicted = self._predict_cases(self._decoded(encoded), self._predictor)
             packed = pack_predicted(predicted)
             told = {
                 "read": batch.column("read_s")[index].as_py(),
@@ -571,43 +643,6 @@ class _PredictStage:
         return decoded
 
 
-def predict_cases(decoded: Iterable[DecodedCase], predictor: Any) -> list[PredictedCase]:
-    """Predict all cases of a shard; a case without a usable slice passes by the network."""
-    cases: list[DecodedCase] = []
-
-    def volumes() -> Iterator[Any]:
-        for case in decoded:
-            cases.append(case)
-            if case.volume_ZHWC is not None:
-                yield case.volume_ZHWC
-                case.volume_ZHWC = None
-                case_has_volume.add(id(case))
-
-    case_has_volume: set[int] = set()
-    outcomes = list(predictor.predict(volumes()))
-    predicted, position = [], 0
-    for case in cases:
-        if id(case) not in case_has_volume:
-            predicted.append(PredictedCase(decoded=case))
-            continue
-        outcome = outcomes[position]
-        position += 1
-        if isinstance(outcome, BadImage):
-            mark_unusable(case, outcome)
-            predicted.append(PredictedCase(decoded=case))
-            continue
-        predicted.append(
-            PredictedCase(
-                decoded=case,
-                labels_ZHW=outcome.labels_ZHW,
-                confidence_ZHW=outcome.confidence_ZHW,
-                nonfinite_Z=None if outcome.finite_Z.all() else ~outcome.finite_Z,
-                trace=outcome.trace,
-            )
-        )
-    return predicted
-
-
 def _finish_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
     """Predicted shards to parts and receipts."""
     bundle = load_bundle(job.bundle_uri)
@@ -626,15 +661,13 @@ def _finish_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
             "finish": round(finished - started, 4),
             "write": round(time.monotonic() - finished, 4),
         }
-        filed = results.put_receipt(
+        filed = runs.put_receipt(
             job.results, job.run_id, _with_seconds(receipt, seconds, told["notes"])
         )
         yield pa.table({"receipt": pa.array([filed.to_json()], pa.binary())})
 
 
 def _with_seconds(receipt: Receipt, seconds: dict[str, float], notes: list[str]) -> Receipt:
-    from dataclasses import replace
-
     return replace(receipt, seconds=seconds, notes=tuple(notes))
 
 
@@ -651,7 +684,7 @@ def write_shard(
     mine = {**shard, "run_id": job.run_id}
     versions = {case.case_id: case.version for case in work.compute} | dict(work.copy)
     rows_of: dict[str, list[dict[str, Any]]] = {}
-    for table in results.TABLES:
+    for table in tables.TABLES:
         rows = [{**mine, **row} for case in computed for row in getattr(case, table)]
         rows += [{**row, **shard} for row in _copied_rows(work, table, job.results)]
         rows.sort(key=lambda row: (row["case_id"], row.get("slice_index", 0), row.get("label", 0)))
@@ -663,15 +696,15 @@ def write_shard(
         row["case_index"] = case_index[row["case_id"]]
         row["case_version"] = versions[row["case_id"]]
         row.setdefault("numerics", told["numerics"])
-    tables = {
-        table: pa.Table.from_pylist(rows, schema=results.table_schema(table))
+    arrow = {
+        table: pa.Table.from_pylist(rows, schema=tables.table_schema(table))
         for table, rows in rows_of.items()
     }
     parts = {
-        table: results.write_part(job.results, table, rows, work.shard_id)
-        for table, rows in tables.items()
+        table: tables.write_part(job.results, table, rows, work.shard_id)
+        for table, rows in arrow.items()
     }
-    masks = tables["masks"]
+    masks = arrow["masks"]
     return Receipt(
         shard_id=work.shard_id,
         work_key=work.key(job.bundle_digest, job.config_digest),
@@ -692,7 +725,7 @@ def _copied_rows(work: Work, table: str, results_uri: str) -> list[dict[str, Any
     if not work.copy or old is None:
         return []
     wanted = {case_id for case_id, _ in work.copy}
-    rows = results.read_part(results_uri, table, old)
+    rows = tables.read_part(results_uri, table, old)
     kept = pc.is_in(rows.column("case_id"), pa.array(sorted(wanted), pa.string()))
     copied: list[dict[str, Any]] = rows.filter(kept).to_pylist()
     return copied

@@ -21,6 +21,7 @@ from pipeline.config import TrainConfig, TrainResourceConfig
 from pipeline.dataset import IndexJob
 from pipeline.errors import ConfigError, ResegError, StageFailed
 from pipeline.flows.cluster import connect
+from pipeline.lock import release_lock, show_life, take_lock
 from pipeline.preparation import (
     CONFIG_FILE,
     Groups,
@@ -31,10 +32,7 @@ from pipeline.preparation import (
     freeze,
     make_job,
     read_index,
-    release_lock,
     shard_groups,
-    show_life,
-    take_lock,
     with_index,
     write_index,
 )

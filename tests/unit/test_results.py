@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from pipeline import results, storage
+from pipeline import delta, results, runs, storage, tables
 from pipeline.errors import (
     CommitConflict,
     ConfigError,
@@ -46,7 +46,7 @@ def test_a_night_counts_and_reads_back(night, read_rows):
     assert len(masks) == 48
     assert len({row["image_id"] for row in masks}) == 48
     opened = results.open_night(night.out)
-    for table in results.TABLES:
+    for table in tables.TABLES:
         delta = DeltaTable(f"{night.out}/{table}")
         assert sorted(os.path.basename(u) for u in delta.file_uris()) == sorted(
             os.path.basename(p) for p in opened.paths(table)
@@ -56,7 +56,7 @@ def test_a_night_counts_and_reads_back(night, read_rows):
 def test_the_log_of_a_run_is_kept_with_it_and_names_no_patient(night):
     import json
 
-    text = storage.read(results.run_uri(night.out, night.first.run_id, "log.jsonl")).decode()
+    text = storage.read(runs.run_uri(night.out, night.first.run_id, "log.jsonl")).decode()
     events = [json.loads(line) for line in text.splitlines()]
     assert [e["event"] for e in events][:2] == ["start", "compute"]
     assert events[-1]["event"] == "published"
@@ -109,7 +109,7 @@ def test_new_and_removed_cases(night, read_rows):
     assert second.counts["cases"]["new"] == 1
     assert second.counts["cases"]["removed"] == 1
     assert second.computed_images == 6
-    for table in results.TABLES:
+    for table in tables.TABLES:
         ids = {row["case_id"] for row in read_rows(night.out, table)}
         assert "extra" in ids
         assert "phantom_0003" not in ids
@@ -232,9 +232,7 @@ def test_two_runs_planned_on_the_same_night_do_not_mix(night, monkeypatch, read_
 def test_receipts_of_an_interrupted_run_are_used(night, monkeypatch):
     for index in range(4):
         night.change(index)
-    from pipeline import results as module
-
-    real, filed = module.put_receipt, []
+    real, filed = runs.put_receipt, []
 
     def crash(*arguments):
         if len(filed) == 2:
@@ -242,7 +240,7 @@ def test_receipts_of_an_interrupted_run_are_used(night, monkeypatch):
         filed.append(real(*arguments))
         return filed[-1]
 
-    monkeypatch.setattr(module, "put_receipt", crash)
+    monkeypatch.setattr(runs, "put_receipt", crash)
     with pytest.raises(KeyboardInterrupt):
         night.run()
     monkeypatch.undo()
@@ -250,11 +248,11 @@ def test_receipts_of_an_interrupted_run_are_used(night, monkeypatch):
     second = night.run()
     assert second.published
     assert second.counts["cases"]["changed"] == 5
-    runs = {
+    computed_by = {
         row["run_id"]
         for row in results.read_table(results.open_night(night.out), "masks").to_pylist()
     }
-    assert len(runs) == 3
+    assert len(computed_by) == 3
 
 
 def test_another_bundle_under_the_same_run_is_refused(night, tmp_path, monkeypatch, config):
@@ -262,7 +260,7 @@ def test_another_bundle_under_the_same_run_is_refused(night, tmp_path, monkeypat
     from pipeline.flows import segment
 
     monkeypatch.setattr(
-        segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        segment, "publish_staged", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         night.run(run_id="r")
@@ -284,7 +282,7 @@ def test_parts_that_are_not_as_received_are_not_published(night, monkeypatch, da
     night.change()
     from pipeline.flows import segment
 
-    real = results.verify_receipts
+    real = runs.verify_receipts
 
     def break_one(out, plan, receipts):
         part = next(iter(receipts.values())).masks.path
@@ -299,7 +297,7 @@ def test_parts_that_are_not_as_received_are_not_published(night, monkeypatch, da
                 file.write(bytes([byte[0] ^ 4]))
         return real(out, plan, receipts)
 
-    monkeypatch.setattr(segment.results, "verify_receipts", break_one)
+    monkeypatch.setattr(segment.runs, "verify_receipts", break_one)
     with pytest.raises(VerificationError, match="not there|digest"):
         night.run()
     assert results.latest_night_number(night.out) == 0
@@ -310,7 +308,7 @@ def test_no_flipped_bit_of_a_part_reads_silently_wrong(night):
     name = os.path.basename(path)
     with open(path, "rb") as file:
         whole = file.read()
-    expected = results.read_part(night.out, "masks", name)
+    expected = tables.read_part(night.out, "masks", name)
     silent = 0
     for position in range(4, len(whole) - 4, max(1, len(whole) // 150)):
         damaged = bytearray(whole)
@@ -318,7 +316,7 @@ def test_no_flipped_bit_of_a_part_reads_silently_wrong(night):
         with open(path, "wb") as file:
             file.write(damaged)
         try:
-            silent += results.read_part(night.out, "masks", name) != expected
+            silent += tables.read_part(night.out, "masks", name) != expected
         except ResultsError:
             continue
     with open(path, "wb") as file:
@@ -399,19 +397,17 @@ def test_limit_takes_some_cases_and_the_rest_later(
 def test_old_nights_outlive_the_hundredth_commit(tmp_path):
     """Delta writes a checkpoint then, and by default forgets what is older than 30 days."""
     from deltalake import CommitProperties, Schema
-    from deltalake.transaction import create_table_with_add_actions
+    from deltalake.transaction import AddAction, create_table_with_add_actions
 
     uri = str(tmp_path / "masks")
-    schema = Schema.from_arrow(results.table_schema("masks"))
-    create_table_with_add_actions(uri, schema, [], configuration=results._TABLE_CONFIGURATION)
+    schema = Schema.from_arrow(tables.table_schema("masks"))
+    create_table_with_add_actions(uri, schema, [], configuration=delta._TABLE_CONFIGURATION)
     for number in range(105):
         for name in os.listdir(f"{uri}/_delta_log"):
             os.utime(f"{uri}/_delta_log/{name}", (1, 1))
-        part = results.PartFile(
-            path=f"{number}.parquet", sha256="", size_bytes=1, num_rows=0, stats={"numRecords": 0}
-        )
+        part = AddAction(f"{number}.parquet", 1, {}, 0, True, '{"numRecords": 0}')
         DeltaTable(uri).create_write_transaction(
-            [results._add(part)], "append", schema, commit_properties=CommitProperties()
+            [part], "append", schema, commit_properties=CommitProperties()
         )
     assert len(DeltaTable(uri, version=3).file_uris()) == 3
     assert len(DeltaTable(uri).history()) == 106
@@ -441,7 +437,7 @@ def test_what_was_lost_of_a_stopped_run_is_computed_again(night, monkeypatch, da
     from pipeline.flows import segment
 
     monkeypatch.setattr(
-        segment, "_publish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        segment, "publish_staged", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         night.run()
@@ -452,7 +448,7 @@ def test_what_was_lost_of_a_stopped_run_is_computed_again(night, monkeypatch, da
     if damage == "missing":
         os.unlink(staged)
     elif damage == "receipt":
-        (run_id,) = results.open_runs(night.out)
+        (run_id,) = runs.open_runs(night.out)
         folder = os.path.join(night.out, "_runs", run_id, "receipts")
         for name in os.listdir(folder):
             storage.write(os.path.join(folder, name), b'{"shard_id": "x"}')

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import checkpoint, preparation
+from pipeline import checkpoint, lock, preparation
 from pipeline.bundle import load_bundle, load_model, verify_bundle
 from pipeline.config import TrainConfig, load_config
-from pipeline.errors import ConfigError, ErrorClass, SourceError, TooManyBadImages
+from pipeline.errors import Busy, ConfigError, ErrorClass, SourceError, TooManyBadImages
 from pipeline.training import NonFiniteLoss, run_worker
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -248,29 +248,29 @@ def test_other_data_under_the_same_checkpoints_are_refused(own_phantoms, tmp_pat
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     out = str(tmp_path)
-    preparation.take_lock(out)
-    preparation.take_lock(out)  # of this very process: left behind, or ours
-    lock = tmp_path / "lock.json"
-    values = json.loads(lock.read_text())
+    lock.take_lock(out)
+    lock.take_lock(out)  # of this very process: left behind, or ours
+    file = tmp_path / "lock.json"
+    values = json.loads(file.read_text())
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        lock.write_text(json.dumps({**values, "pid": sleeper.pid}))
-        with pytest.raises(ConfigError, match=f"process {sleeper.pid} on .* is training"):
-            preparation.take_lock(out)
+        file.write_text(json.dumps({**values, "pid": sleeper.pid}))
+        with pytest.raises(Busy, match=f"process {sleeper.pid} on .* is training"):
+            lock.take_lock(out)
     finally:
         sleeper.kill()
         sleeper.wait()
-    preparation.take_lock(out)  # its owner is gone
+    lock.take_lock(out)  # its owner is gone
     for age, free in ((10, False), (1000, True)):
         seen = values["seen"] - age
-        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "seen": seen}))
+        file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "seen": seen}))
         if free:
-            preparation.take_lock(out)
+            lock.take_lock(out)
         else:
-            with pytest.raises(ConfigError, match="on elsewhere"):
-                preparation.take_lock(out)
-    preparation.release_lock(out)
-    assert not lock.exists()
+            with pytest.raises(Busy, match="on elsewhere"):
+                lock.take_lock(out)
+    lock.release_lock(out)
+    assert not file.exists()
 
 
 def test_best_and_last_two_checkpoints_are_kept(phantoms, tmp_path):

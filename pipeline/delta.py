@@ -1,0 +1,190 @@
+"""The transaction log of one Delta Lake table: what is in a version, and commits on top of exactly one.
+
+Nothing else touches the log. A commit is a compare-and-swap: it lands as the version after the one it
+was made for, or not at all. What the library lets through (a run committed twice, a file that is
+not there) is for callers to check.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+
+from pipeline import storage
+from pipeline.errors import ResegError, ResultsError
+
+METADATA_KEY = "reseg"
+
+_TABLE_CONFIGURATION: dict[str, str | None] = {
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.logRetentionDuration": "interval 36500 days",
+}
+"""Old nights stay readable: by default Delta forgets versions older than 30 days."""
+
+
+class CommitFailed(ResegError):
+    """A commit did not answer as hoped; whether it landed is told only by looking again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedPart:
+    """One Parquet file of a version. stats: as `results.write_part` made them."""
+
+    path: str
+    size_bytes: int
+    stats: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One version's entry in the log. metadata: what reseg recorded, None for commits of others.
+
+    restored: the version that a plain Delta `restore` went back to.
+    """
+
+    version: int
+    timestamp_ms: int
+    operation: str
+    metadata: Mapping[str, Any] | None
+    restored: int | None = None
+
+
+class TableLog:
+    """A table opened at one version."""
+
+    def __init__(self, table: DeltaTable) -> None:
+        self._table = table
+        self.version = int(table.version())
+
+    def parts(self) -> list[AddedPart]:
+        """The files of this version."""
+        table = pa.table(self._table.get_add_actions(flatten=True))
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        stats = {
+            key: [
+                (name[len(prefix) :], columns[name]) for name in columns if name.startswith(prefix)
+            ]
+            for key, prefix in _STATISTICS.items()
+        }
+        return [
+            AddedPart(
+                path=path,
+                size_bytes=columns["size_bytes"][row],
+                stats={
+                    "numRecords": columns["num_records"][row],
+                    **{
+                        key: {
+                            name: values[row] for name, values in named if values[row] is not None
+                        }
+                        for key, named in stats.items()
+                    },
+                },
+            )
+            for row, path in enumerate(columns["path"])
+        ]
+
+    def commits(self) -> list[Commit]:
+        """All versions up to this one, newest first."""
+        found = []
+        for item in self._table.history():
+            text = item.get(METADATA_KEY)
+            restored = item.get("operationParameters", {}).get("version")
+            found.append(
+                Commit(
+                    version=int(item["version"]),
+                    timestamp_ms=int(item["timestamp"]),
+                    operation=str(item["operation"]),
+                    metadata=None if text is None else json.loads(text),
+                    restored=None if restored is None else int(restored),
+                )
+            )
+        return found
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run's commit is among those up to this version."""
+        return self._table.transaction_version(run_id) is not None
+
+
+_STATISTICS = {"minValues": "min.", "maxValues": "max.", "nullCount": "null_count."}
+
+
+def open_log(uri: str, version: int | None = None) -> TableLog | None:
+    """A table at its newest or at a given version; None where there is no table.
+
+    Raises ResultsError for a version that does not exist, and for a log that cannot be read.
+    """
+    if not storage.is_remote(uri) and not os.path.isdir(storage.join(uri, "_delta_log")):
+        return None
+    try:
+        table = DeltaTable(uri, version=version, storage_options=_storage_options(uri))
+    except TableNotFoundError:
+        return None
+    except DeltaError as error:
+        if version is not None:
+            raise ResultsError(f"{uri} has no version {version}") from None
+        raise ResultsError(f"the log of {uri} cannot be read: {error}") from None
+    return TableLog(table)
+
+
+def commit(
+    uri: str,
+    schema: pa.Schema,
+    *,
+    adds: Iterable[AddedPart],
+    removes: Iterable[str],
+    run_id: str,
+    metadata: Mapping[str, Any],
+    base_version: int | None,
+) -> None:
+    """Commit on top of exactly `base_version` (None: create the table).
+
+    Raises CommitFailed when the library reports anything else than success: the commit may have
+    landed all the same.
+    """
+    now_ms = int(time.time() * 1000)
+    added = [
+        AddAction(part.path, part.size_bytes, {}, now_ms, True, json.dumps(dict(part.stats)))
+        for part in adds
+    ]
+    properties = CommitProperties(
+        max_commit_retries=0,
+        custom_metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+        app_transactions=[Transaction(run_id, 1)],
+    )
+    delta_schema = Schema.from_arrow(schema)
+    options = _storage_options(uri)
+    try:
+        if base_version is None:
+            create_table_with_add_actions(
+                uri,
+                delta_schema,
+                added,
+                configuration=_TABLE_CONFIGURATION,
+                commit_properties=properties,
+                storage_options=options,
+            )
+            return
+        actions: list[AddAction | RemoveAction] = [
+            *added,
+            *(RemoveAction(path, True, now_ms) for path in removes),
+        ]
+        table = DeltaTable(uri, version=base_version, storage_options=options)
+        table.create_write_transaction(
+            actions, "append", delta_schema, commit_properties=properties
+        )
+    except (CommitFailedError, DeltaError, OSError) as error:
+        raise CommitFailed(str(error)) from None
+
+
+def _storage_options(uri: str) -> dict[str, str] | None:
+    if not storage.is_remote(uri):
+        return None
+    plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    return {"AWS_ALLOW_HTTP": "true"} if plain_http else {}

@@ -1,0 +1,452 @@
+"""Nightly: plan -> segment into staging -> compare -> gate -> publish -> report -> collect.
+
+What a night was found to be lies beside its run (`examination.json`, `cases.parquet`,
+`images.parquet`, `review.*`, `report.html`), whether it was published or refused.
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline import results, runs, storage, upkeep
+from pipeline.bundle import load_bundle
+from pipeline.compare import Comparison, compare_nights
+from pipeline.config import SegmentConfig, decode, output_digest
+from pipeline.drift import Drift, find_drift, reference_cases
+from pipeline.errors import BundleError, ConfigError, ResultsError
+from pipeline.flows.segment import (
+    Staged,
+    Summary,
+    make_record,
+    publish_staged,
+    run_segment,
+    stage_run,
+    summarize,
+)
+from pipeline.gate import PairedScores, Verdict, judge, pair_scores, verdict_from_plain
+from pipeline.groups import make_group_of
+from pipeline.lock import locked
+from pipeline.planning import check_apart, new_run_id, operator
+from pipeline.policy import NightlyConfig, labelled_segment_config
+from pipeline.records import sha256_hex
+from pipeline.results import Night
+from pipeline.review import ReviewItem, make_review, review_csv
+from pipeline.telemetry import Report, RunLog, silent
+from pipeline.upkeep import Waste
+from pipeline.webpage import write_page
+
+_EXAMINATION = "examination.json"
+_LABELLED = "_labelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a night. verdict None: there was nothing to judge."""
+
+    summary: Summary
+    verdict: Verdict | None
+    review: Sequence[ReviewItem]
+    report: str | None
+    waste: Waste | None
+    case_states: Mapping[str, int]
+    base_night: int | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the gate kept the night back."""
+        return self.verdict is not None and not self.verdict.passed and not self.summary.published
+
+    def to_plain(self) -> dict[str, Any]:
+        """The object that `reseg nightly --json` prints."""
+        return {
+            **self.summary.to_plain(),
+            "refused": self.refused,
+            "verdict": self.verdict and self.verdict.to_plain(),
+            "review": [item.to_plain() for item in self.review],
+            "report": self.report,
+            "collected": self.waste and self.waste.to_plain(),
+        }
+
+
+def run_nightly(
+    config: NightlyConfig,
+    *,
+    run_id: str | None = None,
+    address: str | None = None,
+    report: Report | None = None,
+) -> Outcome:
+    """Do a whole night; safe to call again after any end.
+
+    What a dead run left is finished if its plan still holds; else it is set aside, and the shards
+    whose work is the same are taken over. A night that the gate refuses stays staged. Raises
+    ResegError; `Busy` if another process is at it.
+    """
+    config.check_places()
+    results_uri = storage.resolve(config.results)
+    storage.check_writable(results_uri)
+    check_apart(storage.resolve(config.source), results_uri)
+    group_of = make_group_of(config.groups)
+    load_bundle(config.bundle)
+    told = report or silent
+    with locked(storage.join(results_uri, "_runs"), "running a night"):
+        staged = stage_run(
+            config.source,
+            results_uri,
+            config.bundle,
+            config.segment,
+            run_id=run_id,
+            address=address,
+            report=told,
+        )
+        if staged.published_as is not None or staged.is_idle:
+            return _nothing_to_do(staged, config, told)
+        record = make_record(staged)
+        scores, why_no_scores, key = _score_labelled(config, staged, address, told)
+        verdict, review, states = _examine(
+            staged, config, record, group_of, (scores, why_no_scores), told
+        )
+        night = None
+        if verdict.passed:
+            night = publish_staged(
+                staged, record | {"verdict": verdict.to_plain(), "labelled": key}
+            )
+        staged.log("judged", run=staged.plan.run_id, passed=verdict.passed)
+        staged.log.save()
+        page = _write_report(results_uri, staged.plan.run_id, config, told)
+        waste = _tidy(results_uri, config, told)
+        return Outcome(
+            summary=summarize(staged, night, record),
+            verdict=verdict,
+            review=review,
+            report=page,
+            waste=waste,
+            case_states=states,
+            base_night=staged.plan.base_night,
+        )
+
+
+def _nothing_to_do(staged: Staged, config: NightlyConfig, told: Report) -> Outcome:
+    """The published night stands; finish what a killed run may have left to do after its commit."""
+    night = results.open_night(staged.results)
+    page = None
+    if night is not None:
+        page = _write_report(staged.results, night.metadata["run_id"], config, told, again=False)
+    return Outcome(
+        summary=summarize(staged, staged.published_as),
+        verdict=None,
+        review=(),
+        report=page,
+        waste=_tidy(staged.results, config, told),
+        case_states={},
+    )
+
+
+def _tidy(results_uri: str, config: NightlyConfig, told: Report) -> Waste | None:
+    """Seal the published night, and collect what no kept night needs."""
+    if results.latest_night_number(results_uri) is None:
+        return None
+    upkeep.seal_all(results_uri)
+    waste = upkeep.find_waste(results_uri, config.keep)
+    if waste.files or waste.nights_dropped:
+        upkeep.collect(results_uri, waste, told)
+    return waste
+
+
+def _examine(
+    staged: Staged,
+    config: NightlyConfig,
+    record: Mapping[str, Any],
+    group_of: Callable[[str], str],
+    scored: tuple[PairedScores | None, str],
+    told: Report,
+) -> tuple[Verdict, list[ReviewItem], dict[str, int]]:
+    """Compare with the published night, hold against the gate, list for review; all of it is kept."""
+    plan = staged.plan
+    base = None if plan.base_night is None else results.open_night(staged.results, plan.base_night)
+    after = results.staged_night(plan, staged.receipts, base, staged.results)
+    comparison = compare_nights(base, after, group_of, progress=told)
+    reference = reference_cases(base, group_of)
+    drift = find_drift(comparison.cases, reference)
+    scores, why_no_scores = scored
+    verdict = judge(
+        config.gate,
+        comparison,
+        drift,
+        num_images=record["totals"]["images"],
+        num_bad=record["counts"]["images"]["bad"],
+        scores=scores,
+        why_no_scores=why_no_scores,
+    )
+    review = make_review(comparison, drift, reference, most=config.report.review_cases, base=base)
+    summary = summarize(staged, None, record)
+    _keep_examination(staged, comparison, verdict, review, drift, scores, summary)
+    return verdict, review, comparison.case_states
+
+
+def _keep_examination(
+    staged: Staged,
+    comparison: Comparison,
+    verdict: Verdict,
+    review: Sequence[ReviewItem],
+    drift: Sequence[Drift],
+    scores: PairedScores | None,
+    summary: Summary,
+) -> None:
+    run_id = staged.plan.run_id
+
+    def keep(name: str, data: bytes) -> None:
+        storage.write(runs.run_uri(staged.results, run_id, name), data)
+
+    for name, table in (("cases", comparison.cases), ("images", comparison.images)):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        keep(f"{name}.parquet", buffer.getvalue())
+    keep("review.csv", review_csv(review))
+    values = {
+        "run_id": run_id,
+        "base_night": staged.plan.base_night,
+        "examined_s": time.time(),
+        "bundle": dict(staged.plan.bundle),
+        "source": dict(staged.plan.source),
+        "code": dict(staged.plan.code),
+        "summary": summary.to_plain(),
+        "verdict": verdict.to_plain(),
+        "comparison": {
+            "counts": dict(comparison.counts),
+            "case_states": comparison.case_states,
+            "num_cases_before": comparison.num_cases_before,
+            "num_cases_after": comparison.num_cases_after,
+        },
+        "drift": [asdict(item) for item in drift],
+        "scores": scores and asdict(scores),
+        "review": [item.to_plain() for item in review],
+    }
+    keep(_EXAMINATION, json.dumps(values).encode())
+
+
+def load_examination(results_uri: str, run_id: str) -> dict[str, Any]:
+    """What a nightly run found. Raises ResultsError if there is nothing."""
+    try:
+        data = storage.read(runs.run_uri(results_uri, run_id, _EXAMINATION))
+        values: dict[str, Any] = json.loads(data)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ResultsError(
+            f"run {run_id} in {results_uri} was not examined: only nightly runs are"
+        ) from None
+    except ValueError:
+        raise ResultsError(f"the examination of run {run_id} in {results_uri} is damaged") from None
+    return values
+
+
+def _write_report(
+    results_uri: str, run_id: str, config: NightlyConfig, told: Report, *, again: bool = True
+) -> str | None:
+    """Write the page of a run, beside it and where the configuration wants it; None if it is there.
+
+    A report that fails must not make a published night look failed: it is said, and made next time.
+    """
+    uri = runs.run_uri(results_uri, run_id, "report.html")
+    if not again and storage.file_info(uri) is not None:
+        return None
+    try:
+        examined = load_examination(results_uri, run_id)
+    except ResultsError:
+        return None
+    told(0, 1, "writing the report", "")
+    page = write_page(results_uri, examined, config.report.worst_cases)
+    storage.write(uri, page)
+    if config.report.path:
+        storage.write(storage.resolve(config.report.path), page)
+    return uri
+
+
+# The labelled set
+
+
+def _score_labelled(
+    config: NightlyConfig, staged: Staged, address: str | None, told: Report
+) -> tuple[PairedScores | None, str, str | None]:
+    """Dice of the published and of tonight's bundle on the labelled set; why not; where it lies."""
+    if not config.labelled.uri:
+        return None, "no labelled set is configured", None
+    base = results.open_night(staged.results)
+    digest = staged.plan.bundle["digest"]
+    segment = labelled_segment_config(config)
+    if base is None:
+        _segment_labelled(config, config.bundle, digest, segment, address, told)
+        why = "there is no published night to compare with"
+        return None, why, _labelled_key(config, digest, segment)
+    before = (base.metadata["bundle"]["digest"], base.metadata["config_digest"])
+    if before == (digest, staged.plan.config_digest):
+        why = "same network and settings as the published night"
+        return None, why, base.metadata.get("labelled")
+    scores, why = score_bundles(config, base, digest, address, told)
+    return scores, why, _labelled_key(config, digest, segment)
+
+
+def score_bundles(
+    config: NightlyConfig, base: Night, digest: str, address: str | None, told: Report
+) -> tuple[PairedScores | None, str]:
+    """Dice on the labelled set of the published bundle and of `config.bundle`; or why there is none.
+
+    digest: of config.bundle.
+    """
+    if not config.labelled.uri:
+        return None, "no labelled set is configured"
+    segment = labelled_segment_config(config)
+    after = _segment_labelled(config, config.bundle, digest, segment, address, told)
+    before = _published_scores(config, base, address, told)
+    if before is None:
+        return None, f"the published bundle {base.metadata['bundle']['uri']} is gone"
+    scores = pair_scores(before, after)
+    return scores, "" if scores else "no labelled case has a score from both bundles"
+
+
+def _labelled_key(config: NightlyConfig, bundle_digest: str, segment: SegmentConfig) -> str:
+    """One folder of results for each network, its settings, and labelled set."""
+    place = sha256_hex(storage.resolve(config.labelled.uri).encode())
+    return f"{bundle_digest[:16]}-{output_digest(segment)[:16]}-{place[:8]}"
+
+
+def _segment_labelled(
+    config: NightlyConfig,
+    bundle: str,
+    digest: str,
+    segment: SegmentConfig,
+    address: str | None,
+    told: Report,
+) -> list[dict[str, Any]]:
+    """The `cases` rows of the labelled set with one bundle; computed only where something changed."""
+    out = _labelled_folder(config, _labelled_key(config, digest, segment))
+    run_segment(config.labelled.uri, out, bundle, segment, address=address, report=told)
+    night = results.open_night(out)
+    assert night is not None
+    rows: list[dict[str, Any]] = results.read_table(night, "cases").to_pylist()
+    return rows
+
+
+def _labelled_folder(config: NightlyConfig, key: str) -> str:
+    return storage.join(storage.resolve(config.results), _LABELLED, key)
+
+
+def _published_scores(
+    config: NightlyConfig, base: Night, address: str | None, told: Report
+) -> list[dict[str, Any]] | None:
+    """Those of the published bundle: brought up to date if it is still there, else as last scored."""
+    old = decode(SegmentConfig, base.metadata["config"])
+    segment = replace(labelled_segment_config(config), inference=old.inference, limits=old.limits)
+    uri, digest = base.metadata["bundle"]["uri"], base.metadata["bundle"]["digest"]
+    with suppress(BundleError):
+        if load_bundle(uri).digest == digest:
+            return _segment_labelled(config, uri, digest, segment, address, told)
+    key = base.metadata.get("labelled") or _labelled_key(config, digest, segment)
+    night = results.open_night(_labelled_folder(config, key))
+    return None if night is None else results.read_table(night, "cases").to_pylist()
+
+
+# By hand: publishing a refused night, taking one back
+
+
+def publish_refused(
+    results_location: str, run_id: str, because: str, *, report: Report | None = None
+) -> Outcome:
+    """Publish a staged night over the gate's head, on the record.
+
+    Raises ConfigError without a reason, ResultsError for a run that is not complete, CommitConflict
+    if another night was published since.
+    """
+    if not because.strip():
+        raise ConfigError("an override goes on the record: say why, with --because")
+    results_uri = storage.resolve(results_location)
+    told = report or silent
+    plan = runs.load_plan(results_uri, run_id)
+    if plan is None:
+        waiting = ", ".join(runs.open_runs(results_uri)) or "none"
+        raise ResultsError(f"{results_uri} has no run {run_id!r}; staged are: {waiting}")
+    log = RunLog(runs.run_uri(results_uri, run_id, "log.jsonl"))
+    done = results.night_of_run(results_uri, run_id)
+    staged = Staged(
+        plan=plan,
+        results=results_uri,
+        receipts={},
+        resumed=True,
+        published_as=done,
+        started=time.monotonic(),
+        log=log,
+    )
+    if done is not None:
+        return _as_outcome(summarize(staged, done), None, None)
+    with locked(storage.join(results_uri, "_runs"), "running a night"):
+        for receipt in runs.all_receipts(results_uri, run_id):
+            staged.receipts[receipt.shard_id] = receipt
+        missing = len(plan.works) - len(staged.receipts)
+        if missing:
+            raise ResultsError(
+                f"run {run_id} is not complete: {missing} of {len(plan.works)} shards are not "
+                "computed; the command that started it goes on with it"
+            )
+        runs.verify_receipts(results_uri, plan, staged.receipts)
+        record = make_record(staged) | {"because": because, "operator": operator()}
+        verdict, examined = None, None
+        try:
+            examined = load_examination(results_uri, run_id)
+            verdict = verdict_from_plain(examined["verdict"])
+            record["verdict"] = {**verdict.to_plain(), "overridden": not verdict.passed}
+        except ResultsError:
+            record["verdict"] = None
+        night = publish_staged(staged, record)
+        upkeep.seal_all(results_uri)
+        page = _write_report(results_uri, run_id, NightlyConfig(), told) if examined else None
+    return _as_outcome(summarize(staged, night, record), verdict, page)
+
+
+def _as_outcome(summary: Summary, verdict: Verdict | None, page: str | None) -> Outcome:
+    return Outcome(
+        summary=summary, verdict=verdict, review=(), report=page, waste=None, case_states={}
+    )
+
+
+def roll_back(results_location: str, to: int, because: str) -> dict[str, Any]:
+    """Publish night `to` again as a new night; what was done, for `--json`."""
+    results_uri = storage.resolve(results_location)
+    run_id = f"rollback-{new_run_id()}"
+    with locked(storage.join(results_uri, "_runs"), "rolling back"):
+        night = results.rollback(results_uri, to, because, run_id=run_id, operator=operator())
+        for staged in runs.open_runs(results_uri):  # planned on the night that was taken back
+            runs.close_run(results_uri, staged)
+        upkeep.seal_all(results_uri)
+    opened = results.open_night(results_uri, night)
+    assert opened is not None
+    return {
+        "night": night,
+        "run_id": run_id,
+        "content_of": to,
+        "because": because,
+        "images": sum(shard.num_images for shard in opened.shards.values()),
+    }
+
+
+def remake_report(
+    results_location: str, run_id: str | None, worst_cases: int, report: Report | None = None
+) -> bytes:
+    """The page of a run made again; run_id None: of the newest nightly run, published or refused."""
+    results_uri = storage.resolve(results_location)
+    if run_id is None:
+        waiting = [r for r in runs.open_runs(results_uri) if _was_examined(results_uri, r)]
+        night = results.open_night(results_uri)
+        if not waiting and night is None:
+            raise ResultsError(f"{results_uri} holds no published night")
+        run_id = waiting[-1] if waiting else str(night and night.metadata["run_id"])
+    examined = load_examination(results_uri, run_id)
+    (report or silent)(0, 1, "writing the report", "")
+    return write_page(results_uri, examined, worst_cases)
+
+
+def _was_examined(results_uri: str, run_id: str) -> bool:
+    return storage.file_info(runs.run_uri(results_uri, run_id, _EXAMINATION)) is not None

@@ -1,0 +1,147 @@
+"""The three tables: their columns, and their Parquet parts.
+
+A part holds the rows of one shard, is named by its content and never changes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import ResultsError
+from pipeline.metrics import metric_columns
+from pipeline.records import (
+    CASE_IDS,
+    IMAGE_IDS,
+    MASKS_SCHEMA,
+    SHARD_COLUMNS,
+    PartFile,
+    row_columns,
+    sha256_hex,
+)
+
+TABLES = ("metrics", "cases", "masks")
+"""In the order in which a night commits them; the last one publishes."""
+
+
+@cache
+def table_schema(table: str) -> pa.Schema:
+    """The Arrow schema of "masks", "metrics" or "cases"."""
+    if table == "masks":
+        return MASKS_SCHEMA
+    certainty = [("confidence", pa.float64()), ("entropy", pa.float64())]
+    if table == "metrics":
+        size = [("area_mm2", pa.float64())]
+        return row_columns([*IMAGE_IDS, *size, *certainty, *metric_columns("image")])
+    size = [("volume_ml", pa.float64())]
+    return row_columns([*CASE_IDS, *size, *certainty, *metric_columns("case")])
+
+
+# Parts
+
+
+def write_part(results: str, table: str, rows: pa.Table, shard_id: str) -> PartFile | None:
+    """Write the rows of one shard as an immutable part named by its content; None for no rows.
+
+    zstd, a checksum on every page, the binary column without a dictionary.
+    """
+    if not rows.num_rows:
+        return None
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows,
+        sink,
+        compression="zstd",
+        use_dictionary=[
+            name for name in rows.schema.names if name not in ("mask", "labels", "bbox")
+        ],
+        write_page_checksum=True,
+        row_group_size=512,
+        data_page_size=256 << 10,
+    )
+    data = sink.getvalue().to_pybytes()
+    digest = sha256_hex(data)
+    name = f"part-{shard_id[:16]}-{digest[:40]}.parquet"
+    storage.write(storage.join(results, table, name), data)
+    return PartFile(
+        path=name,
+        sha256=digest,
+        size_bytes=len(data),
+        num_rows=rows.num_rows,
+        stats=_statistics(rows),
+    )
+
+
+def _statistics(rows: pa.Table) -> dict[str, Any]:
+    """Delta statistics: what is equal in all rows of the part, and the counts a plan needs."""
+    constants = {name: rows.column(name)[0].as_py() for name, _ in SHARD_COLUMNS}
+    bounds: list[dict[str, Any]] = [dict(constants), dict(constants)]
+    nulls = dict.fromkeys(constants, 0)
+    if "case_index" in rows.schema.names:
+        for bound, value in zip(
+            bounds, pc.min_max(rows.column("case_index")).as_py().values(), strict=True
+        ):
+            bound["case_index"] = value
+        nulls["error_class"] = rows.column("error_class").null_count
+    return {
+        "numRecords": rows.num_rows,
+        "minValues": bounds[0],
+        "maxValues": bounds[1],
+        "nullCount": nulls,
+    }
+
+
+def read_part(
+    results: str, table: str, path: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read one part with its page checksums verified. Raises ResultsError if it is damaged."""
+    with _opened(results, table, path) as file:
+        return file.read(columns)
+
+
+def read_masks(
+    results: str, path: str, rows: Sequence[int]
+) -> dict[int, npt.NDArray[np.uint8] | None]:
+    """The label maps (HW) of some rows of a part of `masks`, by row; None where an image has none.
+
+    Only the row groups that hold them are read. Raises ResultsError if the part is damaged.
+    """
+    wanted, found = set(rows), {}
+    columns = ["height", "width", "mask", "mask_sha256"]
+    with _opened(results, "masks", path) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            here = sorted(row for row in wanted if start <= row < start + size)
+            if here:
+                table = file.read_row_group(group, columns)
+                for row in here:
+                    found[row] = _label_map(table.slice(row - start, 1).to_pylist()[0])
+            start += size
+    return found
+
+
+def _label_map(row: dict[str, Any]) -> npt.NDArray[np.uint8] | None:
+    if row["mask"] is None:
+        return None
+    return np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
+
+
+@contextmanager
+def _opened(results: str, table: str, path: str) -> Iterator[pq.ParquetFile]:
+    """A part, its page checksums verified as it is read; what is wrong with it as a ResultsError."""
+    uri = storage.join(results, table, path)
+    try:
+        with pa.PythonFile(storage.open_reader(uri), mode="r") as file:
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise ResultsError(f"the part {uri} of a published night is gone") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ResultsError(f"the part {uri} is damaged ({type(error).__name__}: {error})") from None
