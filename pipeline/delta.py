@@ -8,7 +8,7 @@ not there) is for callers to check.
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,8 @@ class Commit:
 class TableLog:
     """A table opened at one version."""
 
-    def __init__(self, table: DeltaTable) -> None:
-        self._table = table
+    def __init__(self, uri: str, table: DeltaTable) -> None:
+        self._uri, self._table = uri, table
         self.version = int(table.version())
 
     def parts(self) -> list[AddedPart]:
@@ -90,22 +90,35 @@ class TableLog:
             for row, path in enumerate(columns["path"])
         ]
 
-    def commits(self) -> list[Commit]:
-        """All versions up to this one, newest first."""
-        found = []
-        for item in self._table.history():
-            text = item.get(METADATA_KEY)
-            restored = item.get("operationParameters", {}).get("version")
-            found.append(
-                Commit(
-                    version=int(item["version"]),
-                    timestamp_ms=int(item["timestamp"]),
-                    operation=str(item["operation"]),
-                    metadata=None if text is None else json.loads(text),
-                    restored=None if restored is None else int(restored),
-                )
+    def commits(self) -> Iterator[Commit]:
+        """All versions up to this one, newest first, each read when it is asked for.
+
+        From the log's own files: the library numbers its history down from the version that is
+        opened, whichever commits it has found by then.
+        """
+        for version in range(self.version, -1, -1):
+            yield self.commit_of(version)
+
+    def commit_of(self, version: int) -> Commit:
+        """One version's entry. Raises ResultsError if it is gone or damaged."""
+        uri = storage.join(self._uri, "_delta_log", f"{version:020d}.json")
+        try:
+            with storage.open_reader(uri) as file:
+                found = next((item for item in map(json.loads, file) if "commitInfo" in item), None)
+            info = found["commitInfo"] if found else {}
+            text = info.get(METADATA_KEY)
+            restored = (info.get("operationParameters") or {}).get("version")
+            return Commit(
+                version=version,
+                timestamp_ms=int(info.get("timestamp", 0)),
+                operation=str(info.get("operation", "")),
+                metadata=None if text is None else json.loads(text),
+                restored=None if restored is None else int(restored),
             )
-        return found
+        except FileNotFoundError:
+            raise ResultsError(f"the log entry {uri} is gone") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ResultsError(f"the log entry {uri} is damaged") from None
 
     def has_run(self, run_id: str) -> bool:
         """Whether a run's commit is among those up to this version."""
@@ -130,7 +143,7 @@ def open_log(uri: str, version: int | None = None) -> TableLog | None:
         if version is not None:
             raise ResultsError(f"{uri} has no version {version}") from None
         raise ResultsError(f"the log of {uri} cannot be read: {error}") from None
-    return TableLog(table)
+    return TableLog(uri, table)
 
 
 def commit(

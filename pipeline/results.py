@@ -183,19 +183,15 @@ def _paths_by_shard(results: str, name: str, version: int | None) -> dict[str, s
 
 def _meaning_of(masks: TableLog) -> Commit:
     """The commit that says what a version means; a plain restore means the one it restored."""
-    commits = {item.version: item for item in masks.commits()}
-    wanted = masks.version
-    while True:
-        commit = commits.get(wanted)
-        if commit is not None and commit.metadata is not None:
-            return replace(commit, timestamp_ms=commits[masks.version].timestamp_ms)
-        restored = None if commit is None else commit.restored
-        if restored is None or restored >= wanted:
+    own = commit = masks.commit_of(masks.version)
+    while commit.metadata is None:
+        if commit.restored is None or commit.restored >= commit.version:
             raise ResultsError(
                 f"version {masks.version} of the masks table was not published by reseg; "
                 "roll back to one that was"
             )
-        wanted = restored
+        commit = masks.commit_of(commit.restored)
+    return replace(commit, timestamp_ms=own.timestamp_ms)
 
 
 def history(results: str) -> list[dict[str, Any]]:
