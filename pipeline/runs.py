@@ -14,9 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import storage
 from pipeline.errors import CommitConflict, ResultsError, VerificationError
 from pipeline.records import (
@@ -29,7 +26,7 @@ from pipeline.records import (
     to_plain,
     work_from_json,
 )
-from pipeline.tables import TABLES
+from pipeline.tables import TABLES, decode_part
 
 _READERS = 8
 
@@ -247,8 +244,7 @@ def _verify_shard(results: str, work: Work, receipt: Receipt) -> str | None:
 
 
 def _verify_rows(data: bytes, work: Work) -> str | None:
-    columns = ["image_id", "case_id", "slice_name"]
-    rows = pq.ParquetFile(pa.BufferReader(data)).read(columns).to_pylist()
+    rows = decode_part(data, ["image_id", "case_id", "slice_name"])
     if len({row["image_id"] for row in rows}) != len(rows):
         return "holds an image twice"
     found: dict[str, set[str]] = {}

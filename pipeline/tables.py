@@ -47,13 +47,37 @@ def table_schema(table: str) -> pa.Schema:
 # Parts
 
 
-def write_part(results: str, table: str, rows: pa.Table, shard_id: str) -> PartFile | None:
-    """Write the rows of one shard as an immutable part named by its content; None for no rows.
+def part_prefix(shard_id: str) -> str:
+    """How the names of all parts of a shard begin."""
+    return f"part-{shard_id[:16]}-"
 
-    zstd, a checksum on every page, the binary column without a dictionary.
+
+def write_part(
+    results: str, table: str, rows: pa.Table, shard_id: str, run_id: str
+) -> PartFile | None:
+    """Write the rows of one shard as an immutable part; None for no rows.
+
+    Its name tells shard, content and run: no run ever writes a part that another one left behind,
+    which a vacuum may be about to collect.
     """
     if not rows.num_rows:
         return None
+    data = encode_part(rows)
+    digest = sha256_hex(data)
+    run = sha256_hex(run_id.encode())[:8]
+    name = f"{part_prefix(shard_id)}{digest[:40]}-{run}.parquet"
+    storage.write(storage.join(results, table, name), data)
+    return PartFile(
+        path=name,
+        sha256=digest,
+        size_bytes=len(data),
+        num_rows=rows.num_rows,
+        stats=_statistics(rows),
+    )
+
+
+def encode_part(rows: pa.Table) -> bytes:
+    """Parquet: zstd, a checksum on every page, the binary column without a dictionary."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         rows,
@@ -66,17 +90,14 @@ def write_part(results: str, table: str, rows: pa.Table, shard_id: str) -> PartF
         row_group_size=512,
         data_page_size=256 << 10,
     )
-    data = sink.getvalue().to_pybytes()
-    digest = sha256_hex(data)
-    name = f"part-{shard_id[:16]}-{digest[:40]}.parquet"
-    storage.write(storage.join(results, table, name), data)
-    return PartFile(
-        path=name,
-        sha256=digest,
-        size_bytes=len(data),
-        num_rows=rows.num_rows,
-        stats=_statistics(rows),
-    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def decode_part(data: bytes, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a part's bytes, as rows."""
+    rows: list[dict[str, Any]] = pq.ParquetFile(pa.BufferReader(data)).read(columns).to_pylist()
+    return rows
 
 
 def _statistics(rows: pa.Table) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ from pipeline.errors import ResultsError
 from pipeline.policy import KeepConfig
 from pipeline.records import sha256_hex
 from pipeline.results import Night
-from pipeline.tables import TABLES
+from pipeline.tables import TABLES, part_prefix
 
 Progress = Callable[[int, int, str], None]
 
 _READERS = 8
+_PREFIX_LENGTH = len(part_prefix("0" * 64))
 _SEAL = "seal.json"
-_PART_NAME = re.compile(r"part-[0-9a-f]{16}-([0-9a-f]{40})\.parquet")
+_PART_NAME = re.compile(r"part-[0-9a-f]{16}-([0-9a-f]{40})(?:-[0-9a-f]{8})?\.parquet")
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -257,14 +259,15 @@ def find_waste(results_uri: str, keep: KeepConfig, now_s: float | None = None) -
 
     Needed are the parts of the newest `keep.nights` nights and those in receipts of open runs.
     """
+    staged, shards = _staged(results_uri)  # first: what is published meanwhile is in one of the two
     nights = kept_nights(results_uri)
     kept = nights[-keep.nights :] if keep.nights else nights
-    needed = _needed(results_uri, kept)
+    needed = staged | _published_parts(results_uri, kept)
     oldest_s = (time.time() if now_s is None else now_s) - keep.grace_hours * 3600
     files, num_bytes, young = [], 0, 0
     for folder, info in _collectable(results_uri):
         path = f"{folder}/{info.path}"
-        if path in needed:
+        if path in needed or info.path[:_PREFIX_LENGTH] in shards:
             continue
         if info.modified_s > oldest_s:
             young += 1
@@ -292,7 +295,7 @@ def collect(results_uri: str, waste: Waste, progress: Progress = _silent) -> Non
             progress(number, len(waste.files), "collecting")
 
 
-def _needed(results_uri: str, nights: Iterable[int]) -> set[str]:
+def _published_parts(results_uri: str, nights: Iterable[int]) -> set[str]:
     needed: set[str] = set()
     for number in nights:
         night = results.open_night(results_uri, number)
@@ -302,13 +305,29 @@ def _needed(results_uri: str, nights: Iterable[int]) -> set[str]:
                 path = getattr(shard.parts, table)
                 if path is not None:
                     needed.add(f"{table}/{path}")
+    return needed
+
+
+def _staged(results_uri: str) -> tuple[set[str], set[str]]:
+    """What runs that may still be published hold: parts in receipts, and prefixes of parts to come.
+
+    A run that is taken up again writes the same part under the same name, maybe in this moment.
+    """
+    needed: set[str] = set()
+    prefixes: set[str] = set()
     for run_id in runs.open_runs(results_uri):
+        done = set()
         for receipt in runs.all_receipts(results_uri, run_id):
+            done.add(receipt.shard_id)
             for table in TABLES:
                 part = getattr(receipt, table)
                 if part is not None:
                     needed.add(f"{table}/{part.path}")
-    return needed
+        with suppress(ResultsError):  # a run whose plan is damaged is never taken up
+            plan = runs.load_plan(results_uri, run_id)
+            works = plan.works if plan is not None else ()
+            prefixes |= {part_prefix(w.shard_id) for w in works if w.shard_id not in done}
+    return needed, prefixes
 
 
 def _collectable(results_uri: str) -> Iterator[tuple[str, storage.FileInfo]]:

@@ -103,41 +103,98 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def segment_here() -> Callable[..., Any]:
     """Run the flow's workers in this process, without Ray: the same code, one after the other."""
-    from pipeline.flows import segment
+    from without_ray import without_ray
 
-    def stream(todo: Any, job: Any, pool: Any) -> Iterator[Any]:
-        import pyarrow as pa
-
-        from pipeline.records import receipt_from_json
-
-        actor = segment._PredictStage(job)
-        for work in todo:
-            rows = pa.table({"work": pa.array([work.to_json()], pa.binary())})
-            for stage in (
-                lambda batch: segment._read_stage(batch, job),
-                actor,
-                lambda batch: segment._finish_stage(batch, job),
-            ):
-                rows = pa.concat_tables(list(stage(rows)))
-            yield receipt_from_json(rows.column("receipt")[0].as_py())
+    from pipeline.flows.segment import run_segment
 
     def run(*arguments: Any, **options: Any) -> Any:
-        from contextlib import nullcontext
-
-        patch = pytest.MonkeyPatch()
-        patch.setattr(segment, "_stream_receipts", stream)
-        patch.setattr(segment, "connect", lambda *_: nullcontext())
-        patch.setattr(
-            segment,
-            "plan_pool",
-            lambda *_: segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0),
-        )
-        try:
-            return segment.run_segment(*arguments, **options)
-        finally:
-            patch.undo()
+        with without_ray():
+            return run_segment(*arguments, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def night_here() -> Callable[..., Any]:
+    """Run a whole night in this process, without Ray."""
+    from without_ray import without_ray
+
+    from pipeline.flows.nightly import run_nightly
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with without_ray():
+            return run_nightly(*arguments, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def altered_bundle() -> Callable[[str, Path, float], str]:
+    """A copy of a bundle whose last layer has another bias: -12 finds nothing any more."""
+
+    def make(bundle: str, folder: Path, shift: float) -> str:
+        from safetensors.torch import load_file, save
+
+        from pipeline.bundle import load_bundle, save_bundle
+
+        old = load_bundle(bundle)
+        weights = load_file(Path(bundle) / "model.safetensors")
+        (bias,) = (name for name in weights if name.startswith("head") and name.endswith("bias"))
+        weights[bias] = weights[bias] + shift
+        return save_bundle(
+            str(folder),
+            name=f"shifted {shift}",
+            architecture=old.architecture,
+            options=old.options,
+            labels=old.labels,
+            recipe=old.recipe.to_plain(),
+            weights=save(weights),
+            provenance={},
+        ).uri
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bright_bundle() -> Callable[[Path, float], str]:
+    """A U-Net with weights set by hand for LGG: a voxel whose FLAIR z-score is over a threshold."""
+
+    def make(folder: Path, threshold: float) -> str:
+        import torch
+        from safetensors.torch import save
+
+        from pipeline.bundle import ready_recipe, save_bundle
+        from pipeline.models import MODELS
+
+        options = {"width": 2, "depth": 1, "norm": False, "concat": "skip_first"}
+        model = MODELS["unet"].build(MODELS["unet"].options(**options))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+            model.encoder[0][0].weight[0, 1, 1, 1] = 1
+            for block in (model.encoder[0], model.decoder[0]):
+                convolutions = [m for m in block if isinstance(m, torch.nn.Conv2d)]
+                convolutions[-1].weight[0, 0, 1, 1] = 1
+            model.decoder[0][0].weight[0, 0, 1, 1] = 1
+            model.head.weight[0, 0] = 4
+            model.head.bias[0] = -4 * threshold
+        recipe = ready_recipe("buda-lgg", 3, 1)
+        recipe["preprocess"] = [
+            {**step, "height": 64, "width": 64} if step["step"] == "resize" else step
+            for step in recipe["preprocess"]
+        ]
+        return save_bundle(
+            str(folder),
+            name=f"brighter than {threshold}",
+            architecture="unet",
+            options=options,
+            labels=("tumour",),
+            recipe=recipe,
+            weights=save({k: v.contiguous() for k, v in model.state_dict().items()}),
+            provenance={},
+        ).uri
+
+    return make
 
 
 def rows_of(results: Path | str, table: str, night: int | None = None) -> list[dict[str, Any]]:

@@ -701,7 +701,7 @@ def write_shard(
         for table, rows in rows_of.items()
     }
     parts = {
-        table: tables.write_part(job.results, table, rows, work.shard_id)
+        table: tables.write_part(job.results, table, rows, work.shard_id, job.run_id)
         for table, rows in arrow.items()
     }
     masks = arrow["masks"]

@@ -1,0 +1,169 @@
+"""Seven nights over real brain MRI on Ray, and what three engines read after each."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+import ray.data
+from deltalake import DeltaTable
+
+from pipeline import results
+from pipeline.config import load_config
+from pipeline.errors import ResultsError
+from pipeline.flows.nightly import roll_back, run_nightly
+from pipeline.lookup import require_night
+from pipeline.policy import KeepConfig, NightlyConfig
+from pipeline.upkeep import collect, find_waste, verify_checksums
+
+FILES = {"images": "{case}/{case}_{slice}.tif", "masks": "{case}/{case}_{slice}_mask.tif"}
+KEYS = {
+    "masks": ["image_id", "mask_sha256", "status"],
+    "metrics": ["image_id", "label", "area_px", "dice"],
+    "cases": ["case_id", "label", "volume_px", "dice"],
+}
+
+
+@pytest.fixture
+def archive(shared, tmp_path) -> Path:
+    """Eleven patients: eight on the first night, three to come; four more are labelled."""
+    script = shared("data", "unpack_lgg.py")
+    subprocess.run(
+        [sys.executable, script, tmp_path / "all", "--patients", "15"],
+        check=True,
+        capture_output=True,
+    )
+    patients = sorted((tmp_path / "all").iterdir())
+    for name, chosen in (
+        ("archive", patients[:8]),
+        ("later", patients[8:11]),
+        ("labelled", patients[11:]),
+    ):
+        for patient in chosen:
+            shutil.move(patient, tmp_path / name / patient.name)
+    return tmp_path / "archive"
+
+
+def read_three_ways(out: Path, table: str) -> list[list[tuple]]:
+    """The newest rows of a table by pandas, by DuckDB and by Ray, as users are told to read them."""
+    columns = KEYS[table]
+    paths = require_night(str(out), None).paths(table)
+    frames = [
+        DeltaTable(str(out / table)).to_pandas(),
+        duckdb.sql(f"select * from read_parquet({paths})").df(),
+        ray.data.read_parquet(paths).to_pandas(),
+    ]
+    rows = []
+    for frame in frames:
+        plain = frame[columns].astype(object).where(frame[columns].notna(), None)
+        rows.append(sorted(plain.itertuples(index=False, name=None), key=str))
+    return rows
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["here", pytest.param("ray", marks=pytest.mark.storm)])
+def test_seven_nights(engine, archive, tmp_path, bright_bundle, ray_session, night_here) -> None:
+    run = run_nightly if engine == "ray" else night_here
+    out = tmp_path / "results"
+    first, second, broken = (
+        bright_bundle(tmp_path / name, threshold)
+        for name, threshold in (("first", 2.0), ("second", 1.97), ("broken", 50.0))
+    )
+    images = {
+        case.name: len([f for f in case.iterdir() if "mask" not in f.name])
+        for folder in (archive, tmp_path / "later")
+        for case in folder.iterdir()
+    }
+
+    def night(bundle):
+        values = {"source": str(archive), "results": str(out), "bundle": bundle}
+        values |= {f"segment.source.{key}": value for key, value in FILES.items()}
+        values |= {f"labelled.source.{key}": value for key, value in FILES.items()}
+        values |= {"labelled.uri": str(tmp_path / "labelled"), "groups.pattern": "TCGA_{group}_*"}
+        values |= {"gate.max_missing_share": 0.2, "report.worst_cases": 2}
+        return run(load_config(NightlyConfig, options=values))
+
+    def same_everywhere() -> dict[str, list[tuple]]:
+        found = {}
+        for table in KEYS:
+            pandas, duck, on_ray = read_three_ways(out, table)
+            assert pandas == duck == on_ray
+            found[table] = pandas
+        present = {case.name for case in archive.iterdir()}
+        assert {row[0].split("/")[0] for row in found["masks"]} <= present | {"gone"}
+        return found
+
+    def computed_tonight() -> set[str]:
+        opened = require_night(str(out), None)
+        rows = results.read_table(opened, "masks", ["case_id", "run_id"]).to_pylist()
+        return {row["case_id"] for row in rows if row["run_id"] == opened.metadata["run_id"]}
+
+    everyone = {case.name for case in archive.iterdir()}
+    one = night(first)
+    assert (one.summary.night, computed_tonight()) == (0, everyone)
+    assert one.summary.computed_images == sum(images[case] for case in everyone)
+    rows_of_one = same_everywhere()
+    assert sum(row[2] > 0 for row in rows_of_one["cases"]) > 4, "a network that finds nothing"
+
+    two = night(first)
+    assert (two.summary.published, two.summary.computed_images) == (False, 0)
+    assert same_everywhere() == rows_of_one
+
+    new = {shutil.move(case, archive / case.name).name for case in (tmp_path / "later").iterdir()}
+    three = night(first)
+    assert (three.summary.night, computed_tonight()) == (1, new)
+    assert three.summary.computed_images == sum(images[case] for case in new)
+    assert len(same_everywhere()["masks"]) == sum(images.values())
+
+    changed, source, gone = sorted(everyone)[0], sorted(everyone)[1], sorted(everyone)[2]
+    slices = [sorted((archive / c).glob("*_1[0-2].tif")) for c in (changed, source)]
+    for target, other in zip(*slices, strict=True):
+        shutil.copy(other, target)
+    shutil.rmtree(archive / gone)
+    four = night(first)
+    assert (four.summary.night, computed_tonight()) == (2, {changed})
+    assert four.summary.counts["cases"] | {"bad": 0} == {
+        "new": 0,
+        "changed": 1,
+        "stale": 0,
+        "removed": 1,
+        "unchanged": 9,
+        "bad": 0,
+    }
+    rows_of_four = same_everywhere()
+    assert gone not in {row[0] for row in rows_of_four["cases"]}
+
+    five = night(second)
+    assert five.verdict.passed, five.verdict.sentence
+    assert (five.summary.night, computed_tonight()) == (3, (everyone | new) - {gone})
+    drop = next(limit for limit in five.verdict.limits if limit.name == "max_dice_drop")
+    assert drop.passed and drop.value is not None, "the labelled set has its say"
+    rows_of_five = same_everywhere()
+    assert rows_of_five != rows_of_four
+
+    six = night(broken)
+    assert (six.refused, six.summary.published) == (True, False)
+    assert {"max_low_dice_share", "max_volume_change", "max_dice_drop"} <= {
+        limit.name for limit in six.verdict.failed
+    }
+    assert same_everywhere() == rows_of_five
+    assert len(six.review) == 10
+    assert "vanished" in six.review[0].reasons[0]
+
+    rolled = roll_back(str(out), 2, "the new network is not trusted yet")
+    assert (rolled["night"], rolled["content_of"]) == (4, 2)
+    assert same_everywhere() == rows_of_four
+    assert night(first).summary.computed_images == 0
+    before = {p for table in KEYS for p in (out / table).glob("*.parquet")}
+    waste = find_waste(str(out), KeepConfig(nights=1, grace_hours=1), now_s=1e11)
+    collect(str(out), waste)
+    after = {p for table in KEYS for p in (out / table).glob("*.parquet")}
+    assert len(after) == sum(len(require_night(str(out), None).paths(t)) for t in KEYS)
+    assert len(before - after) == len(waste.files) > 0
+    assert same_everywhere() == rows_of_four
+    with pytest.raises(ResultsError, match="collected"):
+        results.open_night(str(out), 3)
+    checked = verify_checksums(str(out))
+    assert (checked.damaged, checked.unsealed, checked.nights) == ((), (), (4,))
