@@ -18,7 +18,7 @@ def draw_volume_changes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Volume of each case before and after, on logarithmic axes; on the diagonal nothing changed."""
     figure, axes = _figure()
     labels = sorted({row["label_name"] for row in rows})
-    top = 10.0
+    low, top = np.inf, 10.0
     for colour, label in zip(_COLOURS * len(labels), labels, strict=False):
         points = [
             (row["volume_px_before"] + 1, row["volume_px_after"] + 1)
@@ -26,11 +26,12 @@ def draw_volume_changes(rows: Sequence[Mapping[str, Any]]) -> bytes:
             if row["label_name"] == label
         ]
         before, after = np.array(_thin(points), np.float64).T
+        low = min(low, float(before.min()), float(after.min()))
         top = max(top, float(before.max()), float(after.max()))
         axes.scatter(
             before, after, s=14, color=colour, alpha=0.6, linewidths=0, label=_plain(label)
         )
-    axes.plot([1, top], [1, top], color=_INK, linewidth=0.8)
+    axes.plot([low, top], [low, top], color=_INK, linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("voxels before, plus one")
@@ -47,6 +48,7 @@ def draw_dice_histogram(values: Sequence[float]) -> bytes:
     axes.set_xlim(0, 1)
     axes.set_xlabel("Dice between the nights")
     axes.set_ylabel("cases")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     return _svg(figure)
 
 

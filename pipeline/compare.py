@@ -316,6 +316,11 @@ class _Case:
     new: _Side
     masks: Mapping[str, tuple[Mask, Mask]]
 
+    def area(self, image_id: str, label: int) -> int:
+        """Pixels of a label in an image of the night after."""
+        row = self.new.metrics.get((image_id, label))
+        return 0 if row is None else row["area_px"] or 0
+
     @property
     def state(self) -> str:
         """new, removed, changed, recomputed, or the empty string: the rows were copied."""
@@ -460,7 +465,7 @@ def _case_movement(case: _Case, label: int, images: Sequence[Mapping[str, Any]])
             overlap += int(np.count_nonzero(was & is_now))
             total += int(np.count_nonzero(was)) + int(np.count_nonzero(is_now))
         elif row["mask_sha256"] == now["mask_sha256"]:
-            area = (case.new.metrics.get((now["image_id"], label)) or {}).get("area_px") or 0
+            area = case.area(now["image_id"], label)
             overlap, total = overlap + area, total + 2 * area
         else:
             comparable = False
@@ -486,8 +491,8 @@ def _case_components(
 ) -> tuple[int, int]:
     """3-D components that appeared and vanished, from the slices that differ.
 
-    A component that reaches an unchanged slice and goes on there is in both nights: those slices,
-    and only those, are read as well.
+    A component that reaches an unchanged slice and goes on there is in both nights: such slices, if
+    they hold the label at all, are read as well.
     """
     appeared = vanished = 0
     position = 0
@@ -523,7 +528,7 @@ def _num_new(
     for component in _lonely(volume, other):
         goes_on = False
         for face, row in zip((component[0], component[-1]), neighbours, strict=True):
-            if row is not None and face.any():
+            if row is not None and face.any() and case.area(row["image_id"], label):
                 mask = case.new.masks([row["row"]])[row["row"]]
                 near = ndimage.binary_dilation(face, np.ones((3, 3), bool))
                 if mask is not None and mask.shape == face.shape and (mask[near] == label).any():

@@ -51,7 +51,7 @@ def measure_drift(
     where a and b are the shares of the two samples; half an observation is added to each bin, so
     that an empty one does not make it infinite. Under 0.1 is usually called stable, over 0.25 moved.
     """
-    ks = stats.ks_2samp(before, after, method="auto")
+    ks = stats.ks_2samp(before, after, method="asymp")
     edges = np.unique(np.quantile(before, np.linspace(0, 1, _BINS + 1)[1:-1]))
     counts = [
         np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1) + 0.5

@@ -47,7 +47,7 @@ def write_page(results_uri: str, examined: Mapping[str, Any], worst_cases: int) 
     moved = _read_rows(results_uri, run_id, "cases")
     cases = moved.to_pylist()
     verdict = examined["verdict"]
-    tone, badge, sentence = _in_a_sentence(examined, night_number, entry)
+    tone, badge, sentence, detail = _in_a_sentence(examined, night_number, entry)
     page = _environment().get_template("report.html")
     style, script = _text("report.css"), _text("report.js")
     drift = examined["drift"]
@@ -60,6 +60,7 @@ def write_page(results_uri: str, examined: Mapping[str, Any], worst_cases: int) 
         tone=tone,
         badge=badge,
         sentence=sentence,
+        detail=detail,
         subtitle=_subtitle(examined, entry),
         sections=_sections(cases, drift),
         count_names=_COUNT_NAMES,
@@ -111,35 +112,34 @@ def _percent(value: float | None) -> str:
 
 def _in_a_sentence(
     examined: Mapping[str, Any], night: int | None, entry: Mapping[str, Any]
-) -> tuple[str, str, str]:
-    """(tone, badge, the sentence that says it all)."""
-    summary, verdict = examined["summary"], examined["verdict"]
-    images, cases = summary["computed_images"], summary["cases"]
-    done = cases["new"] + cases["changed"] + cases["stale"]
-    what = f"{images:,} images of {done:,} cases were computed"
-    failed = [limit for limit in verdict["limits"] if limit["passed"] is False]
+) -> tuple[str, str, str, str]:
+    """(tone, badge, the sentence that says it all, what to add where a limit failed)."""
+    summary, limits = examined["summary"], examined["verdict"]["limits"]
+    failed = [limit for limit in limits if limit["passed"] is False]
+    judged = sum(limit["passed"] is not None for limit in limits)
     reasons = "; ".join(
         f"{limit['what']} is {_figure(limit['value'])}, allowed is {_figure(limit['limit'])}"
         for limit in failed
     )
+    reasons = f"{reasons[:1].upper()}{reasons[1:]}."
     if night is None:
         base = examined["base_night"]
         stays = "nothing is published" if base is None else f"night {base} stays published"
-        return "bad", "Refused", f"Not published, {stays}: {reasons}."
+        return "bad", "Refused", f"{len(failed)} of {judged} limits failed; {stays}.", reasons
     if failed:
-        because = entry.get("because", "")
-        return (
-            "unsure",
-            "Published by hand",
-            f"Night {night} was published over the gate ({reasons}), because: {because}",
+        said = (
+            f"Night {night} was published over {len(failed)} failed limits: {entry.get('because')}"
         )
-    judged = sum(limit["passed"] is not None for limit in verdict["limits"])
-    look = f"; {len(examined['review']):,} cases are worth a look" if examined["review"] else ""
-    return (
-        "good",
-        "Published",
-        f"Night {night} is published: {what}, all {judged} limits kept{look}.",
+        return "unsure", "Published by hand", said, reasons
+    cases = summary["cases"]
+    done = cases["new"] + cases["changed"] + cases["stale"]
+    look = len(examined["review"])
+    to_see = f"{look:,} case{'s' * (look != 1)}" if look else "nothing"
+    said = (
+        f"Night {night} is published: {summary['computed_images']:,} images of {done:,} cases "
+        f"computed, all {judged} limits kept, {to_see} to look at."
     )
+    return "good", "Published", said, ""
 
 
 def _subtitle(examined: Mapping[str, Any], entry: Mapping[str, Any]) -> str:

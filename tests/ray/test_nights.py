@@ -64,7 +64,9 @@ def read_three_ways(out: Path, table: str) -> list[list[tuple]]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["here", pytest.param("ray", marks=pytest.mark.storm)])
-def test_seven_nights(engine, archive, tmp_path, bright_bundle, ray_session, night_here) -> None:
+def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
+    engine, archive, tmp_path, bright_bundle, ray_session, night_here
+) -> None:
     run = run_nightly if engine == "ray" else night_here
     out = tmp_path / "results"
     first, second, broken = (

@@ -38,8 +38,8 @@ def without_ray() -> Iterator[None]:
     pool = segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0)
     with (
         mock.patch.object(segment, "_stream_receipts", stream_receipts),
-        mock.patch.object(segment, "connect", lambda *_: nullcontext()),
-        mock.patch.object(segment, "plan_pool", lambda *_: pool),
+        mock.patch.object(segment, "connect", return_value=nullcontext()),
+        mock.patch.object(segment, "plan_pool", return_value=pool),
     ):
         yield
 
