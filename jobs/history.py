@@ -1,6 +1,7 @@
 """reseg history"""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import click
 
@@ -22,18 +23,35 @@ def command(results: str, as_json: bool) -> None:
         return
     rows = []
     for night in nights:
-        images = night.get("counts", {}).get("images", {})
+        images = {} if "rollback" in night else night.get("counts", {}).get("images", {})
+        when = datetime.fromtimestamp(night["published_ms"] / 1000, UTC)
         rows.append(
             {
                 "night": night["night"],
-                "published (UTC)": f"{datetime.fromtimestamp(night['published_ms'] / 1000, UTC):%Y-%m-%d %H:%M:%S}",
+                "published (UTC)": f"{when:%Y-%m-%d %H:%M:%S}",
+                "by": night.get("operator"),
                 "run": night.get("run_id", night["operation"].lower()),
                 "bundle": night.get("bundle", {}).get("name"),
                 "digest": night.get("bundle", {}).get("digest", "")[:12],
                 **{k: images.get(k) for k in ("new", "changed", "stale", "removed", "bad")},
+                "what": _what(night),
             }
         )
     click.echo(format_table(rows, rows[0]))
+
+
+def _what(night: dict[str, Any]) -> str:
+    """What is special about a night, and whether it can still be read."""
+    words = []
+    if "rollback" in night:
+        words.append(f"rolled back to {night['rollback']['to']}: {night['because']}")
+    elif night.get("because"):
+        words.append(f"published over the gate: {night['because']}")
+    elif night.get("verdict"):
+        words.append("gate kept")
+    if not night["kept"]:
+        words.append("collected")
+    return "; ".join(words)
 
 
 if __name__ == "__main__":

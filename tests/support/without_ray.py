@@ -84,6 +84,5 @@ if __name__ == "__main__":
     chosen, *sys.argv[1:] = sys.argv[1:]
     from jobs.cli import main
 
-    sys.argv.insert(0, "reseg")
     with without_ray(), kill_at(chosen):
         main()
