@@ -29,7 +29,14 @@ def draw_volume_changes(rows: Sequence[Mapping[str, Any]]) -> bytes:
         low = min(low, float(before.min()), float(after.min()))
         top = max(top, float(before.max()), float(after.max()))
         axes.scatter(
-            before, after, s=14, color=colour, alpha=0.6, linewidths=0, label=_plain(label)
+            before,
+            after,
+            s=14,
+            color=colour,
+            alpha=0.6,
+            linewidths=0,
+            label=_plain(label),
+            rasterized=len(before) > _MOST_POINTS // 10,
         )
     axes.plot([low, top], [low, top], color=_INK, linewidth=0.8)
     axes.set_xscale("log")
@@ -108,7 +115,7 @@ def draw_stages(seconds: Mapping[str, float]) -> bytes:
     bars = axes.barh(np.arange(len(names)), values, color=_COLOURS[1], height=0.7)
     axes.set_yticks(np.arange(len(names)), names)
     axes.bar_label(bars, [f"{value:,.1f} s" for value in values], padding=4, color=_INK, fontsize=9)
-    axes.set_xlim(0, max(values) * 1.18 if values else 1)
+    axes.set_xlim(0, max([*values, 0.01]) * 1.18)
     axes.set_xlabel("seconds of all workers")
     return _svg(figure)
 
@@ -160,5 +167,7 @@ def _figure(height: float = 3.6) -> tuple[Any, Any]:
 
 def _svg(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None, "Creator": None}
+    )
     return buffer.getvalue()

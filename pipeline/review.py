@@ -111,9 +111,9 @@ def _ranked(candidates: Mapping[str, _Candidate]) -> list[tuple[str, _Candidate]
 def _movement_reasons(row: Mapping[str, Any]) -> Iterable[tuple[float, str]]:
     before, after = row["volume_px_before"], row["volume_px_after"]
     if before and after == 0:
-        yield 1.2, f"vanished: {_volume(row, 'before')} before, nothing now"
+        yield 2.0, f"vanished: {_volume(row, 'before')} before, nothing now"
     elif before == 0 and after:
-        yield 0.9, f"appeared: nothing before, {_volume(row, 'after')} now"
+        yield 1.5, f"appeared: nothing before, {_volume(row, 'after')} now"
     elif row["dice"] is not None and row["dice"] < _LOW_DICE:
         yield 1 - row["dice"], f"Dice {row['dice']:.2f} to last night"
     change = row["volume_change"]
