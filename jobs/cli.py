@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "publish": "Publish a staged night that the gate refused, on the record.",
     "rollback": "Publish an old night again, on the record.",
     "shadow": "Try a candidate network on a sample, and advise.",
+    "review": "The cases to look at, also as files to correct and train on.",
     "report": "The report of a nightly run, made again.",
     "history": "The published nights: when, by which run, with which network and counts.",
     "paths": "Parquet files of a night, for any engine.",

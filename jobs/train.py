@@ -22,6 +22,7 @@ from jobs._options import (
 @click.argument("source")
 @click.argument("out")
 @click.option("--init", metavar="BUNDLE", help="Start from this bundle's weights and recipe.")
+@click.option("--also", multiple=True, metavar="LIST", help="More cases; see `reseg review`.")
 @source_options
 @config_option
 @set_option
@@ -48,6 +49,7 @@ def command(source: str, out: str, as_json: bool, **options: Any) -> None:
         "epochs": options["epochs"],
         "resources.workers": options["workers"],
         "resources.device": options["device"],
+        "also": list(options["also"]) or None,
     }
     config = load_config(TrainConfig, options["config_path"], options["assignments"], values)
     progress = Progress(quiet=as_json)

@@ -445,6 +445,8 @@ class TrainConfig:
     """Choose the exported recipe's threshold by validation Dice."""
     max_bad_share: float = 0.05
     tensorboard: bool = False
+    also: tuple[str, ...] = ()
+    """Files with lists of more labelled cases; a case of the same id replaces the source's."""
     source: SourceConfig = field(default_factory=SourceConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -482,6 +484,17 @@ class TrainConfig:
                 f"loss.class_weights has {len(self.loss.class_weights)} weights; background and "
                 f"{len(self.labels)} labels need {len(self.labels) + 1}"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceList:
+    """What `reseg train --also` takes beside its source: cases with corrected masks, in a file."""
+
+    uri: str
+    """Where they are; a relative path counts from the list's own folder."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    cases: tuple[str, ...] = ()
+    """Of these ids only; empty: all."""
 
 
 _MAY_CHANGE = ("resources", "max_bad_share", "tensorboard")

@@ -35,6 +35,7 @@ INDEX_SCHEMA = pa.schema(
     [
         ("case_id", _STR),
         ("shard_path", _STR),
+        ("source", pa.int16()),
         ("ref", _STR),  # the CaseRef as JSON: where the bytes are, and of which version
         ("digest", _STR),  # of names, bytes, spacing; what is read later must have the same
         ("height", _I32),  # on the network's grid
@@ -57,6 +58,12 @@ class IndexJob:
     num_labels: int
     channels: int
     """Of the network's input."""
+    also: tuple[Source, ...] = ()
+    """More sources, numbered from 1; `source` is number 0."""
+
+    def source_number(self, number: int) -> Source:
+        """One of the sources."""
+        return (self.source, *self.also)[number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +76,7 @@ class IndexedCase:
     digest: str
     shape_HWC: tuple[int, int, int]
     foreground_Z: npt.NDArray[np.int32]
+    source: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -89,14 +97,22 @@ class ReadyCase:
 
 
 def read_ready(
-    job: IndexJob, shard_path: str, ref: CaseRef, sandbox: Sandbox, digest: str | None = None
+    job: IndexJob,
+    shard_path: str,
+    ref: CaseRef,
+    sandbox: Sandbox,
+    digest: str | None = None,
+    *,
+    number: int = 0,
 ) -> ReadyCase | DecodedCase:
     """Read, decode and prepare one case; where nothing of it can be used, only what was decoded.
 
     digest: what the case's content must have; another one makes all its slices unusable.
+    number: of the source.
     """
-    encoded = next(iter(FORMATS[job.source.format].read_cases(job.source, shard_path, [ref])))
-    decoded = decode_case(encoded, sandbox, job.source.config, job.num_labels)
+    source = job.source_number(number)
+    encoded = next(iter(FORMATS[source.format].read_cases(source, shard_path, [ref])))
+    decoded = decode_case(encoded, sandbox, source.config, job.num_labels)
     if digest is not None and decoded.digest != digest:
         message = "the case is not what it was when the index was made"
         mark_unusable(decoded, BadImage(ErrorClass.CHANGED_DURING_RUN, message))
@@ -142,13 +158,15 @@ def open_sandbox(limits: LimitsConfig) -> Sandbox:
 # The index
 
 
-def index_cases(job: IndexJob, shard_path: str, cases: Sequence[CaseRef]) -> pa.Table:
-    """Decode some cases of one shard: a row of INDEX_SCHEMA for each, good or bad."""
+def index_cases(
+    job: IndexJob, shard_path: str, cases: Sequence[CaseRef], number: int = 0
+) -> pa.Table:
+    """Decode some cases of one shard of a source: a row of INDEX_SCHEMA for each, good or bad."""
+    rows = []
     with open_sandbox(job.source.limits) as sandbox:
-        rows = [
-            _index_row(shard_path, ref, read_ready(job, shard_path, ref, sandbox), job.num_labels)
-            for ref in cases
-        ]
+        for ref in cases:
+            ready = read_ready(job, shard_path, ref, sandbox, number=number)
+            rows.append({**_index_row(shard_path, ref, ready, job.num_labels), "source": number})
     return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
 
 
@@ -201,6 +219,7 @@ def indexed_cases(index: pa.Table) -> list[IndexedCase]:
                     digest=row["digest"],
                     shape_HWC=(row["height"], row["width"], row["channels"]),
                     foreground_Z=foreground_Z,
+                    source=row["source"] or 0,
                 )
             )
     return cases

@@ -119,7 +119,14 @@ class CaseReader(Generic[T]):
 
     def _load(self, number: int) -> tuple[T, int]:
         case = self._cases[number]
-        ready = read_ready(self._job, case.shard_path, case.ref, self._sandbox(), case.digest)
+        ready = read_ready(
+            self._job,
+            case.shard_path,
+            case.ref,
+            self._sandbox(),
+            case.digest,
+            number=case.source,
+        )
         if isinstance(ready, DecodedCase):
             self.problems[case.case_id] = next(
                 item.problem for item in ready.slices if item.problem is not None

@@ -6,6 +6,7 @@ A training's folder holds `config.json` (the request, frozen), `index.parquet` (
 
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,9 +20,11 @@ from pipeline.bundle import Bundle, build_model, load_bundle, ready_recipe
 from pipeline.config import (
     Activation,
     RecipeConfig,
+    SourceList,
     TrainConfig,
     decode,
     digest_json,
+    load_config,
     loss_terms,
     training_differences,
 )
@@ -56,8 +59,8 @@ CONFIG_FILE, INDEX_FILE, RESULT_FILE = "config.json", "index.parquet", "result.j
 BUNDLE_FOLDER = "bundle"
 _PROBED_CASES = 8
 
-Groups = list[tuple[str, list[CaseRef]]]
-"""(path of a shard, its cases)"""
+Groups = list[tuple[str, list[CaseRef], int]]
+"""(path of a shard, its cases, number of its source)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,7 @@ class TrainJob:
     options: Mapping[str, Any]
     recipe: Recipe
     index_digest: str
+    also: tuple[Source, ...] = ()
 
     @property
     def activation(self) -> Activation:
@@ -86,6 +90,7 @@ class TrainJob:
             recipe=self.recipe,
             num_labels=len(self.config.labels),
             channels=self.options["in_channels"],
+            also=self.also,
         )
 
     @property
@@ -112,6 +117,47 @@ class Request:
     source: Source
     shards: tuple[Shard, ...]
     init: Bundle | None
+    also: tuple["Corrected", ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrected:
+    """A list of more labelled cases: their source, its shards, and which cases count; empty: all."""
+
+    source: Source
+    shards: tuple[Shard, ...]
+    cases: frozenset[str]
+
+
+def open_source_list(path: str, config: TrainConfig) -> Corrected:
+    """Read a file for `--also` and list its source. Raises ConfigError."""
+    listed = load_config(SourceList, path)
+    folder = os.path.dirname(os.path.abspath(path))
+    remote = "://" in listed.uri
+    uri = listed.uri if remote else os.path.join(folder, os.path.expanduser(listed.uri))
+    source = open_source(uri, listed.source, config.limits)
+    listing = FORMATS[source.format].list_shards(source)
+    source = replace(source, num_buckets=listing.num_buckets)
+    found = Corrected(source=source, shards=listing.shards, cases=frozenset(listed.cases))
+    present = {case.case_id for _, cases in _cases_of(found) for case in cases}
+    if not present:
+        raise SourceError(f"{path}: {source.uri} holds none of its cases")
+    missing = sorted(found.cases - present)
+    if missing:
+        raise SourceError(f"{path}: {source.uri} has no case {missing[0]!r}")
+    return found
+
+
+def _cases_of(also: Corrected) -> list[tuple[str, list[CaseRef]]]:
+    reader = FORMATS[also.source.format]
+    groups = []
+    for shard in also.shards:
+        cases = reader.list_cases(also.source, shard)
+        if also.cases:
+            cases = [case for case in cases if case.case_id in also.cases]
+        if cases:
+            groups.append((shard.path, cases))
+    return groups
 
 
 def finished_result(out: str) -> dict[str, Any] | None:
@@ -132,6 +178,7 @@ def check_request(location: str, out_location: str, config: TrainConfig) -> Requ
     if config.model.init:  # workers run in folders of their own
         model = replace(config.model, init=storage.resolve(config.model.init))
         config = replace(config, model=model)
+    config = replace(config, also=tuple(os.path.abspath(path) for path in config.also))
     source = open_source(location, config.source, config.limits)
     check_apart(source.uri, out)
     _check_frozen(out, source, config)
@@ -155,7 +202,10 @@ def check_request(location: str, out_location: str, config: TrainConfig) -> Requ
     if all_known:
         parts_of_cases([case.case_id for case in known], config.split, config.seed)
     source = replace(source, num_buckets=listing.num_buckets)
-    return Request(out=out, config=config, source=source, shards=listing.shards, init=init)
+    also = tuple(open_source_list(path, config) for path in config.also)
+    return Request(
+        out=out, config=config, source=source, shards=listing.shards, init=init, also=also
+    )
 
 
 def _check_frozen(out: str, source: Source, config: TrainConfig) -> None:
@@ -164,7 +214,7 @@ def _check_frozen(out: str, source: Source, config: TrainConfig) -> None:
         return
     try:
         frozen = json.loads(storage.read(storage.join(out, CONFIG_FILE)))
-        before = {**frozen["config"], "source_uri": frozen["source"]}
+        before = {"also": [], **frozen["config"], "source_uri": frozen["source"]}
     except FileNotFoundError:
         if [info.path for info in storage.list_files(out)] == [LOCK_FILE]:
             return
@@ -230,6 +280,7 @@ def make_job(request: Request) -> TrainJob:
         options=_all_options(architecture or "unet", options),
         recipe=recipe,
         index_digest="",
+        also=tuple(item.source for item in request.also),
     )
     model = _outline(job)
     if request.init is not None:
@@ -352,9 +403,18 @@ def _check_init(init: Bundle, model: Any, in_channels: int) -> None:
 
 
 def shard_groups(request: Request) -> Groups:
-    """All cases to index, by shard."""
+    """All cases to index, by shard; a case of a list given by `also` replaces earlier ones of its id."""
     reader = FORMATS[request.source.format]
-    return [(shard.path, reader.list_cases(request.source, shard)) for shard in request.shards]
+    found = [(shard.path, reader.list_cases(request.source, shard), 0) for shard in request.shards]
+    for number, also in enumerate(request.also, start=1):
+        groups = _cases_of(also)
+        replaced = {case.case_id for _, cases in groups for case in cases}
+        found = [
+            (path, [case for case in cases if case.case_id not in replaced], source)
+            for path, cases, source in found
+        ]
+        found += [(path, cases, number) for path, cases in groups]
+    return [group for group in found if group[1]] or found
 
 
 def index_here(
@@ -362,8 +422,8 @@ def index_here(
 ) -> pa.Table:
     """Index all cases in this process, one shard after the other."""
     tables = []
-    for number, (path, cases) in enumerate(groups, start=1):
-        tables.append(index_cases(job, path, cases))
+    for number, group in enumerate(groups, start=1):
+        tables.append(index_cases(job, *group))
         report(number, len(groups), "indexing")
     return pa.concat_tables(tables)
 

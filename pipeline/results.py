@@ -18,7 +18,7 @@ from pipeline import delta, storage
 from pipeline.delta import AddedPart, Commit, TableLog
 from pipeline.errors import CommitConflict, ConfigError, ResultsError, VerificationError
 from pipeline.records import OldParts, PartFile, Receipt
-from pipeline.runs import RunPlan
+from pipeline.runs import RunPlan, all_receipts, load_plan
 from pipeline.tables import TABLES, read_part, table_schema
 
 Changes = Mapping[str, tuple[Sequence[AddedPart], Sequence[str]]]
@@ -166,6 +166,21 @@ def staged_night(
         published_ms=0,
         shards=dict(sorted(shards.items())),
     )
+
+
+def nights_of_run(results: str, run_id: str) -> tuple[Night | None, Night]:
+    """The night that a run was planned on, and the one that it made or would make.
+
+    Raises ResultsError if its plan is gone or it is not complete.
+    """
+    plan = load_plan(results, run_id)
+    if plan is None:
+        raise ResultsError(f"{results} has no run {run_id!r}")
+    base = None if plan.base_night is None else open_night(results, plan.base_night)
+    receipts = {receipt.shard_id: receipt for receipt in all_receipts(results, run_id)}
+    if any(work.shard_id not in receipts for work in plan.works):
+        raise ResultsError(f"run {run_id} is not complete")
+    return base, staged_night(plan, receipts, base, results)
 
 
 def _open(results: str, table: str, version: int | None = None) -> TableLog | None:

@@ -298,19 +298,10 @@ def _pictures(
     if not wanted:
         return []
     try:
-        before, after = _both_nights(results_uri, examined)
+        before, after = results.nights_of_run(results_uri, examined["run_id"])
         return _draw(before, after, wanted, {row["case_id"]: row["shard_id"] for row in cases})
     except (ResegError, OSError):
         return []  # nights that were collected, or a source that is gone: the tables stay
-
-
-def _both_nights(results_uri: str, examined: Mapping[str, Any]) -> tuple[Night | None, Night]:
-    plan = runs.load_plan(results_uri, examined["run_id"])
-    if plan is None:
-        raise ResultsError(f"the plan of run {examined['run_id']} is gone")
-    base = None if plan.base_night is None else results.open_night(results_uri, plan.base_night)
-    receipts = {r.shard_id: r for r in runs.all_receipts(results_uri, plan.run_id)}
-    return base, results.staged_night(plan, receipts, base, results_uri)
 
 
 def _draw(

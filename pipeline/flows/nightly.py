@@ -18,6 +18,7 @@ from pipeline import results, runs, storage, upkeep
 from pipeline.bundle import load_bundle
 from pipeline.compare import Comparison, compare_nights
 from pipeline.config import SegmentConfig, decode, output_digest
+from pipeline.correction import Exported, export_cases
 from pipeline.drift import Drift, find_drift, reference_cases
 from pipeline.errors import BundleError, ConfigError, ResultsError
 from pipeline.flows.segment import (
@@ -432,21 +433,51 @@ def roll_back(results_location: str, to: int, because: str) -> dict[str, Any]:
     }
 
 
+def _newest_run(results_uri: str, run_id: str | None) -> str:
+    """The run asked for, or the newest nightly one: a staged one before the published one."""
+    if run_id is not None:
+        return run_id
+    waiting = [r for r in runs.open_runs(results_uri) if _was_examined(results_uri, r)]
+    night = results.open_night(results_uri)
+    if not waiting and night is None:
+        raise ResultsError(f"{results_uri} holds no published night")
+    return waiting[-1] if waiting else str(night and night.metadata["run_id"])
+
+
+def _was_examined(results_uri: str, run_id: str) -> bool:
+    return storage.file_info(runs.run_uri(results_uri, run_id, _EXAMINATION)) is not None
+
+
 def remake_report(
     results_location: str, run_id: str | None, worst_cases: int, report: Report | None = None
 ) -> bytes:
     """The page of a run made again; run_id None: of the newest nightly run, published or refused."""
     results_uri = storage.resolve(results_location)
-    if run_id is None:
-        waiting = [r for r in runs.open_runs(results_uri) if _was_examined(results_uri, r)]
-        night = results.open_night(results_uri)
-        if not waiting and night is None:
-            raise ResultsError(f"{results_uri} holds no published night")
-        run_id = waiting[-1] if waiting else str(night and night.metadata["run_id"])
-    examined = load_examination(results_uri, run_id)
+    examined = load_examination(results_uri, _newest_run(results_uri, run_id))
     (report or silent)(0, 1, "writing the report", "")
     return write_page(results_uri, examined, worst_cases)
 
 
-def _was_examined(results_uri: str, run_id: str) -> bool:
-    return storage.file_info(runs.run_uri(results_uri, run_id, _EXAMINATION)) is not None
+def read_review(results_location: str, run_id: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """The run, and its review list, as plain values."""
+    results_uri = storage.resolve(results_location)
+    chosen = _newest_run(results_uri, run_id)
+    items: list[dict[str, Any]] = load_examination(results_uri, chosen)["review"]
+    return chosen, items
+
+
+def export_review(
+    results_location: str,
+    run_id: str,
+    items: Sequence[Mapping[str, Any]],
+    folder: str,
+    report: Report | None = None,
+) -> Exported:
+    """Write cases of a run's review list as files to correct; see `correction.export_cases`."""
+    results_uri = storage.resolve(results_location)
+    _, night = results.nights_of_run(results_uri, run_id)
+    data = storage.read(runs.run_uri(results_uri, run_id, "cases.parquet"))
+    rows = pq.read_table(io.BytesIO(data), columns=["case_id", "shard_id"]).to_pylist()
+    shard_of = {row["case_id"]: row["shard_id"] for row in rows}
+    pairs = [(shard_of[item["case_id"]], item["case_id"]) for item in items]
+    return export_cases(night, pairs, storage.resolve(folder), report or silent)

@@ -408,3 +408,49 @@ def test_places_must_be_said(night_here, tmp_path, demo_bundle):
     with pytest.raises(ConfigError, match="inside the source"):
         night_here(load_config(NightlyConfig, options=inside))
     assert os.listdir(tmp_path) == []
+
+
+def test_cases_under_review_are_corrected_and_trained_on(place, bundles, night_here, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from pipeline.config import TrainConfig
+    from pipeline.dataset import IndexJob, index_cases
+    from pipeline.flows.nightly import export_review, read_review
+    from pipeline.preparation import check_request, make_job, shard_groups
+
+    out = out_of(place)
+    night_here(make_config(place, bundles["blind"]))
+    run_id, items = read_review(out, None)
+    folder = tmp_path / "review"
+    exported = export_review(out, run_id, items[:2], str(folder))
+    names = [item["case_id"] for item in items[:2]]
+    assert (list(exported.cases), exported.num_images, exported.left_out) == (names, 12, ())
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        export_review(out, run_id, items[:2], str(folder))
+    source = place / "source" / names[0]
+    for number in range(1, 7):
+        stored = folder / "cases" / names[0] / f"{number}.image.png"
+        assert stored.read_bytes() == (source / f"{names[0]}_{number}.png").read_bytes()
+        mask = Image.open(folder / "cases" / names[0] / f"{number}.mask.png")
+        assert mask.mode == "P"
+        assert not np.asarray(mask).any(), "the blind network's masks"
+    corrected = np.zeros((64, 64), np.uint8)
+    corrected[10:20, 10:20] = 1
+    Image.fromarray(corrected).save(folder / "cases" / names[0] / "3.mask.png")
+    listed = folder / "review.toml"
+    listed.write_text(listed.read_text().replace(f'    "{names[1]}",\n', ""))
+    options = {f"source.{key}": value for key, value in FILES.items()}
+    config = load_config(TrainConfig, options={**options, "also": [str(listed)]})
+    request = check_request(str(place / "source"), str(tmp_path / "out"), config)
+    groups = shard_groups(request)
+    wanted = {(f"phantom_{i:04d}", int(f"phantom_{i:04d}" == names[0])) for i in range(8)}
+    assert {(case.case_id, number) for _, cases, number in groups for case in cases} == wanted
+    job = make_job(request)
+    assert isinstance(job.index_job, IndexJob)
+    (path, cases, number) = next(group for group in groups if group[2] == 1)
+    (row,) = index_cases(job.index_job, path, cases, number).to_pylist()
+    assert (row["source"], row["foreground"]) == (1, [0, 0, 100, 0, 0, 0])
+    listed.write_text(listed.read_text().replace(names[0], "nobody"))
+    with pytest.raises(ConfigError, match="none of its cases|no case 'nobody'"):
+        check_request(str(place / "source"), str(tmp_path / "out"), config)
