@@ -8,11 +8,13 @@ not there) is for callers to check.
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
@@ -63,32 +65,57 @@ class TableLog:
         self._uri, self._table = uri, table
         self.version = int(table.version())
 
-    def parts(self) -> list[AddedPart]:
+    def columns(self, *names: str) -> list[list[Any]]:
+        """Columns of this version's files, in one order: path, size_bytes, num_records, and statistics
+        as `min.shard_id`, `max.case_index`, `null_count.error_class`."""
+        table = self._adds
+        return [table.column(name).to_pylist() for name in names]
+
+    def paths(self) -> set[str]:
         """The files of this version."""
-        table = pa.table(self._table.get_add_actions(flatten=True))
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        stats = {
-            key: [
-                (name[len(prefix) :], columns[name]) for name in columns if name.startswith(prefix)
-            ]
-            for key, prefix in _STATISTICS.items()
-        }
-        return [
-            AddedPart(
-                path=path,
-                size_bytes=columns["size_bytes"][row],
-                stats={
-                    "numRecords": columns["num_records"][row],
-                    **{
-                        key: {
-                            name: values[row] for name, values in named if values[row] is not None
-                        }
-                        for key, named in stats.items()
-                    },
-                },
-            )
-            for row, path in enumerate(columns["path"])
-        ]
+        return set(self.columns("path")[0])
+
+    def parts(self, wanted: Set[str] | None = None) -> list[AddedPart]:
+        """The files of this version, or those of some paths, with all that a commit says of them."""
+        table = self._adds
+        if wanted is not None:
+            chosen = pa.array(sorted(wanted), pa.string())
+            table = table.filter(pc.is_in(table.column("path").cast(pa.string()), chosen))
+        found = []
+        for row in table.to_pylist():
+            stats: dict[str, Any] = {"numRecords": row["num_records"]}
+            for key, prefix in _STATISTICS.items():
+                stats[key] = {
+                    name[len(prefix) :]: value
+                    for name, value in row.items()
+                    if name.startswith(prefix) and value is not None
+                }
+            found.append(AddedPart(path=row["path"], size_bytes=row["size_bytes"], stats=stats))
+        return found
+
+    def paths_added_since(self, version: int) -> set[str]:
+        """What the commits after a version, up to this one, have added; some may be gone again."""
+        found = set()
+        for number in range(version + 1, self.version + 1):
+            for action in self._actions(number):
+                if "add" in action:
+                    found.add(action["add"]["path"])
+        return found
+
+    @cached_property
+    def _adds(self) -> pa.Table:
+        return pa.table(self._table.get_add_actions(flatten=True))
+
+    def _actions(self, version: int) -> Iterator[dict[str, Any]]:
+        """The lines of one log entry."""
+        uri = storage.join(self._uri, "_delta_log", f"{version:020d}.json")
+        try:
+            with storage.open_reader(uri) as file:
+                yield from map(json.loads, file)
+        except FileNotFoundError:
+            raise ResultsError(f"the log entry {uri} is gone") from None
+        except ValueError:
+            raise ResultsError(f"the log entry {uri} is damaged") from None
 
     def commits(self) -> Iterator[Commit]:
         """All versions up to this one, newest first, each read when it is asked for.
@@ -101,11 +128,10 @@ class TableLog:
 
     def commit_of(self, version: int) -> Commit:
         """One version's entry. Raises ResultsError if it is gone or damaged."""
-        uri = storage.join(self._uri, "_delta_log", f"{version:020d}.json")
+        info: dict[str, Any] = next(
+            (a["commitInfo"] for a in self._actions(version) if "commitInfo" in a), {}
+        )
         try:
-            with storage.open_reader(uri) as file:
-                found = next((item for item in map(json.loads, file) if "commitInfo" in item), None)
-            info = found["commitInfo"] if found else {}
             text = info.get(METADATA_KEY)
             restored = (info.get("operationParameters") or {}).get("version")
             return Commit(
@@ -115,10 +141,8 @@ class TableLog:
                 metadata=None if text is None else json.loads(text),
                 restored=None if restored is None else int(restored),
             )
-        except FileNotFoundError:
-            raise ResultsError(f"the log entry {uri} is gone") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ResultsError(f"the log entry {uri} is damaged") from None
+            raise ResultsError(f"the log entry {version} of {self._uri} is damaged") from None
 
     def has_run(self, run_id: str) -> bool:
         """Whether a run's commit is among those up to this version."""

@@ -30,6 +30,7 @@ Progress = Callable[[int, int, str], None]
 
 _STATES = ("new", "changed", "stale", "removed", "unchanged")
 _HASHING_THREADS = 8
+_READERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,11 +207,13 @@ class _Planner:
         self.removed: list[OldParts] = []
         self._format = FORMATS[source.format]
         self._seen: dict[str, str] = {}
+        self._shards: tuple[Shard, ...] = ()
+        self._has_remembered = False
 
     def plan_shards(self, shards: tuple[Shard, ...]) -> Iterator[Work]:
         """Yield the work of each shard that has any."""
         published = dict(self.night.shards) if self.night else {}
-        self._remember_unchanged(shards, published)
+        self._shards = shards
         for number, shard in enumerate(shards, start=1):
             work = self._plan_shard(shard, published.pop(shard.shard_id, None))
             if work is not None:
@@ -234,18 +237,31 @@ class _Planner:
     def _same_model(self, old: PublishedShard) -> bool:
         return (old.bundle_digest, old.config_digest) == (self.bundle_digest, self.config_digest)
 
-    def _remember_unchanged(
-        self, shards: tuple[Shard, ...], published: Mapping[str, PublishedShard]
-    ) -> None:
-        """Case ids of unchanged shards, so that a new shard cannot bring one a second time."""
-        if self.night is None or self.source.format == "folder":
+    def _remember_unchanged(self) -> None:
+        """Case ids of unchanged shards, so that another shard cannot bring one a second time.
+
+        Asked for only when a shard has a case that it did not have last night.
+        """
+        if self._has_remembered or self.night is None or self.source.format == "folder":
             return
-        unchanged = [s for s in shards if self._is_unchanged(s, published.get(s.shard_id))]
-        if len(unchanged) == len(shards):
-            return
-        for shard in unchanged:
-            for case_id in self._old_cases(published[shard.shard_id]):
-                self._seen.setdefault(case_id, shard.shard_id)
+        self._has_remembered = True
+        published = self.night.shards
+        unchanged = [
+            published[s.shard_id]
+            for s in self._shards
+            if self._is_unchanged(s, published.get(s.shard_id))
+        ]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for shard, case_ids in zip(unchanged, pool.map(self._case_ids, unchanged), strict=True):
+                for case_id in case_ids:
+                    self._seen.setdefault(case_id, shard.shard_id)
+
+    def _case_ids(self, old: PublishedShard) -> list[str]:
+        if old.parts.masks is None or self.night is None:
+            return []
+        rows = tables.read_part(self.night.results, "masks", old.parts.masks, ["case_id"])
+        found: list[str] = rows.column("case_id").unique().to_pylist()
+        return found
 
     def _plan_shard(self, shard: Shard, old: PublishedShard | None) -> Work | None:
         if old is not None and self._is_unchanged(shard, old):
@@ -255,17 +271,16 @@ class _Planner:
             return None
         if self.remaining is not None and self.remaining <= 0:
             return None
-        wanted = None if self.only is None else self.only.cases.get(shard.shard_id, frozenset())
-        listed = [] if wanted == frozenset() else self._format.list_cases(self.source, shard)
-        if wanted is not None:
-            listed = [case for case in listed if case.case_id in wanted]
+        listed = self._list_cases(shard)
+        old_cases = self._old_cases(old) if old is not None else {}
+        if any(case.case_id not in old_cases for case in listed):
+            self._remember_unchanged()
         cases = [self._once(case, shard) for case in listed]
         version = shard.version
         if self.remaining is not None:
             if old is None and len(cases) > self.remaining:
                 cases, version = cases[: self.remaining], f"{shard.version}-partial"
             self.remaining -= len(cases)
-        old_cases = self._old_cases(old) if old is not None else {}
         compute: list[CaseRef] = []
         copy: list[tuple[str, str]] = []
         fresh = old is not None and self._same_model(old)
@@ -292,6 +307,16 @@ class _Planner:
             copy=tuple(copy),
             old=old.parts if old is not None else OldParts(),
         )
+
+    def _list_cases(self, shard: Shard) -> list[CaseRef]:
+        """The cases of a shard that this plan is about."""
+        if self.only is None:
+            return self._format.list_cases(self.source, shard)
+        wanted = self.only.cases.get(shard.shard_id)
+        if not wanted:
+            return []
+        listed = self._format.list_cases(self.source, shard)
+        return [case for case in listed if case.case_id in wanted]
 
     def _once(self, case: CaseRef, shard: Shard) -> CaseRef:
         """The case, or a case of one bad row where another shard has its id already."""

@@ -93,36 +93,47 @@ def open_night(results: str, number: int | None = None) -> Night | None:
     assert commit.metadata is not None
     versions = commit.metadata["versions"]
     others = {name: _paths_by_shard(results, name, versions[name]) for name in ("metrics", "cases")}
-    rows = sorted(masks.parts(), key=lambda part: str(part.stats["minValues"]["shard_id"]))
-    shards = (_published_shard(part, others) for part in rows)
     return Night(
         results=results,
         number=masks.version,
         metadata=commit.metadata,
         published_ms=commit.timestamp_ms,
-        shards={shard.shard_id: shard for shard in shards},
+        shards={shard.shard_id: shard for shard in _published_shards(masks, others)},
     )
 
 
-def _published_shard(part: AddedPart, others: Mapping[str, Mapping[str, str]]) -> PublishedShard:
-    low, high = part.stats["minValues"], part.stats["maxValues"]
-    shard_id, num_images = low["shard_id"], part.stats["numRecords"]
-    num_bad_cases = -min(0, low["case_index"])
-    return PublishedShard(
-        shard_id=shard_id,
-        version=low["shard_version"],
-        bundle_digest=low["bundle_digest"],
-        config_digest=low["config_digest"],
-        num_cases=high["case_index"] + 1 + num_bad_cases,
-        num_bad_cases=num_bad_cases,
-        num_images=num_images,
-        num_bad=num_images - part.stats["nullCount"]["error_class"],
-        parts=OldParts(
-            masks=part.path,
-            metrics=others["metrics"].get(shard_id),
-            cases=others["cases"].get(shard_id),
-        ),
+def _published_shards(
+    masks: TableLog, others: Mapping[str, Mapping[str, str]]
+) -> list[PublishedShard]:
+    """What each part of `masks` says in the log of its shard, in order of their ids."""
+    columns = masks.columns(
+        "min.shard_id",
+        "path",
+        "num_records",
+        "min.shard_version",
+        "min.bundle_digest",
+        "min.config_digest",
+        "min.case_index",
+        "max.case_index",
+        "null_count.error_class",
     )
+    metrics, cases = others["metrics"], others["cases"]
+    return [
+        PublishedShard(
+            shard_id=shard_id,
+            version=version,
+            bundle_digest=bundle,
+            config_digest=config,
+            num_cases=highest + 1 - min(0, lowest),
+            num_bad_cases=-min(0, lowest),
+            num_images=count,
+            num_bad=count - good,
+            parts=OldParts(masks=path, metrics=metrics.get(shard_id), cases=cases.get(shard_id)),
+        )
+        for shard_id, path, count, version, bundle, config, lowest, highest, good in sorted(
+            zip(*columns, strict=True)
+        )
+    ]
 
 
 def staged_night(
@@ -193,7 +204,7 @@ def _paths_by_shard(results: str, name: str, version: int | None) -> dict[str, s
     table = _open(results, name, version)
     if table is None:
         raise ResultsError(f"the table {name} of {results} is gone")
-    return {part.stats["minValues"]["shard_id"]: part.path for part in table.parts()}
+    return dict(zip(*table.columns("min.shard_id", "path"), strict=True))
 
 
 def _meaning_of(masks: TableLog) -> Commit:
@@ -228,6 +239,33 @@ def history(results: str) -> list[dict[str, Any]]:
         }
         for commit in table.commits()
     ]
+
+
+def published_run(results: str) -> str | None:
+    """The run that published the newest night, or rolled back to it; None before the first."""
+    masks = _open(results, "masks")
+    commit = None if masks is None else _meaning_of(masks)
+    return None if commit is None or commit.metadata is None else str(commit.metadata["run_id"])
+
+
+def paths_since(results: str, night: int) -> set[str]:
+    """All files (`table/name`) of a night and of those after it; some may be of no night."""
+    masks = _open(results, "masks", night)
+    if masks is None:
+        return set()
+    metadata = _meaning_of(masks).metadata
+    assert metadata is not None
+    found: set[str] = set()
+    for table in TABLES:
+        version = night if table == "masks" else metadata["versions"][table]
+        newest = _open(results, table)
+        if newest is None:
+            continue
+        oldest = None if version is None else _open(results, table, version)
+        names = set() if oldest is None else oldest.paths()
+        names |= newest.paths_added_since(-1 if version is None else version)
+        found |= {f"{table}/{name}" for name in names}
+    return found
 
 
 def night_of_run(results: str, run_id: str) -> int | None:
@@ -295,11 +333,8 @@ def rollback(results: str, to: int, because: str, *, run_id: str, operator: str)
         raise ResultsError(f"{results} holds no published night")
     changes = {}
     for table in TABLES:
-        now, then = (_parts_of(night, table) for night in (base, old))
-        changes[table] = (
-            [part for path, part in then.items() if path not in now],
-            [path for path in now if path not in then],
-        )
+        now, then = (_log_of(night, table) for night in (base, old))
+        changes[table] = _difference(now, then)
     if not any(added or removed for added, removed in changes.values()):
         raise ConfigError(f"night {base.number} already has the content of night {to}")
     missing = _missing_parts(results, changes)
@@ -325,10 +360,18 @@ def _missing_parts(results: str, changes: Changes) -> str | None:
     return None
 
 
-def _parts_of(night: Night, table: str) -> dict[str, AddedPart]:
+def _log_of(night: Night, table: str) -> TableLog | None:
+    """A table as a night names it."""
     version = night.number if table == "masks" else night.metadata["versions"][table]
-    opened = None if version is None else _open(night.results, table, version)
-    return {} if opened is None else {part.path: part for part in opened.parts()}
+    return None if version is None else _open(night.results, table, version)
+
+
+def _difference(now: TableLog | None, wanted: TableLog | None) -> tuple[list[AddedPart], list[str]]:
+    """What to add and to remove to come from one version's files to another's."""
+    present = now.paths() if now is not None else set()
+    named = wanted.paths() if wanted is not None else set()
+    added = wanted.parts(named - present) if wanted is not None and named - present else []
+    return added, sorted(present - named)
 
 
 def _replace_night(
@@ -400,14 +443,9 @@ def _settle_table(results: str, table: str, base: Night | None) -> int | None:
     opened = _open(results, table)
     if opened is None:
         return None
-    named = {} if base is None else _parts_of(base, table)
-    present = {part.path for part in opened.parts()}
-    if present == named.keys():
+    change = _difference(opened, None if base is None else _log_of(base, table))
+    if not any(change):
         return opened.version
-    change = (
-        [part for path, part in named.items() if path not in present],
-        sorted(present - named.keys()),
-    )
     run_id = f"settle-{opened.version + 1}"
     return _commit(results, table, run_id, change, {"settled": True}, opened.version)
 

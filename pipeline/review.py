@@ -230,15 +230,16 @@ def volume_history(night: Night, shard_of: Mapping[str, str]) -> dict[str, dict[
             if version is None
             else delta.open_log(storage.join(night.results, "cases"), version)
         )
-        for part in log.parts() if log is not None else ():
-            shard_id = part.stats["minValues"]["shard_id"]
+        if log is None:
+            continue
+        for shard_id, path in zip(*log.columns("min.shard_id", "path"), strict=True):
             if shard_id not in wanted:
                 continue
-            if part.path not in read:
-                read[part.path] = tables.read_part(
-                    night.results, "cases", part.path, ["case_id", "label_name", "volume_px"]
+            if path not in read:
+                read[path] = tables.read_part(
+                    night.results, "cases", path, ["case_id", "label_name", "volume_px"]
                 )
-            for row in read[part.path].to_pylist():
+            for row in read[path].to_pylist():
                 if row["case_id"] in wanted[shard_id] and row["volume_px"] is not None:
                     values = found[row["case_id"]].setdefault(row["label_name"], [])
                     values.append(row["volume_px"])

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +77,10 @@ def _manifests(results_uri: str, run_id: str) -> Iterator[str]:
 
 
 def seal_all(results_uri: str) -> None:
-    """Seal the published night, if a run was killed before it could."""
+    """Seal the published night, unless that was done."""
+    run_id = results.published_run(results_uri)
+    if run_id is None or storage.file_info(runs.run_uri(results_uri, run_id, _SEAL)) is not None:
+        return
     night = results.open_night(results_uri)
     if night is not None:
         seal_night(results_uri, night, _before(night))
@@ -203,7 +206,7 @@ def _damaged_checkpoints(results_uri: str) -> list[str]:
             opened = delta.open_log(uri)
             if opened is None:
                 continue
-            present = {part.path for part in opened.parts()}
+            present = opened.paths()
             said = _replay(log, opened.version)
         except (ResultsError, ValueError, KeyError, OSError) as error:
             damaged.append(f"{log}: {error}")
@@ -262,7 +265,7 @@ def find_waste(results_uri: str, keep: KeepConfig, now_s: float | None = None) -
     staged, shards = _staged(results_uri)  # first: what is published meanwhile is in one of the two
     nights = kept_nights(results_uri)
     kept = nights[-keep.nights :] if keep.nights else nights
-    needed = staged | _published_parts(results_uri, kept)
+    needed = staged | results.paths_since(results_uri, kept[0])
     oldest_s = (time.time() if now_s is None else now_s) - keep.grace_hours * 3600
     files, num_bytes, young = [], 0, 0
     for folder, info in _collectable(results_uri):
@@ -293,19 +296,6 @@ def collect(results_uri: str, waste: Waste, progress: Progress = _silent) -> Non
         )
         for number, _ in enumerate(deleted, start=1):
             progress(number, len(waste.files), "collecting")
-
-
-def _published_parts(results_uri: str, nights: Iterable[int]) -> set[str]:
-    needed: set[str] = set()
-    for number in nights:
-        night = results.open_night(results_uri, number)
-        assert night is not None
-        for shard in night.shards.values():
-            for table in TABLES:
-                path = getattr(shard.parts, table)
-                if path is not None:
-                    needed.add(f"{table}/{path}")
-    return needed
 
 
 def _staged(results_uri: str) -> tuple[set[str], set[str]]:

@@ -134,10 +134,10 @@ def run_nightly(
 
 def _nothing_to_do(staged: Staged, config: NightlyConfig, told: Report) -> Outcome:
     """The published night stands; finish what a killed run may have left to do after its commit."""
-    night = results.open_night(staged.results)
+    run_id = results.published_run(staged.results)
     page = None
-    if night is not None:
-        page = _write_report(staged.results, night.metadata["run_id"], config, told, again=False)
+    if run_id is not None:
+        page = _write_report(staged.results, run_id, config, told, again=False)
     return Outcome(
         summary=summarize(staged, staged.published_as),
         verdict=None,

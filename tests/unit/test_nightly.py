@@ -441,7 +441,9 @@ def test_cases_under_review_are_corrected_and_trained_on(place, bundles, night_h
     listed = folder / "review.toml"
     listed.write_text(listed.read_text().replace(f'    "{names[1]}",\n', ""))
     options = {f"source.{key}": value for key, value in FILES.items()}
-    config = load_config(TrainConfig, options={**options, "also": [str(listed)]})
+    config = load_config(
+        TrainConfig, options={**options, "split.validation": 0.5, "also": [str(listed)]}
+    )
     request = check_request(str(place / "source"), str(tmp_path / "out"), config)
     groups = shard_groups(request)
     wanted = {(f"phantom_{i:04d}", int(f"phantom_{i:04d}" == names[0])) for i in range(8)}

@@ -263,8 +263,23 @@ class FakeLog:
         self._entries = list(entries)
         self.version = len(entries) - 1
 
-    def parts(self):
-        return list(self._entries[-1].parts.values())
+    def parts(self, wanted=None):
+        parts = self._entries[-1].parts
+        return [part for path, part in parts.items() if wanted is None or path in wanted]
+
+    def paths(self):
+        return set(self._entries[-1].parts)
+
+    def columns(self, *names):
+        rows = [_flat(part) for part in self._entries[-1].parts.values()]
+        return [[row.get(name) for row in rows] for name in names]
+
+    def paths_added_since(self, version):
+        found = set()
+        for number in range(version + 1, self.version + 1):
+            before = set(self._entries[number - 1].parts) if number else set()
+            found |= set(self._entries[number].parts) - before
+        return found
 
     def commits(self):
         return (entry.commit for entry in reversed(self._entries))
@@ -274,6 +289,17 @@ class FakeLog:
 
     def has_run(self, run_id):
         return any(entry.run_id == run_id for entry in self._entries)
+
+
+def _flat(part):
+    row = {
+        "path": part.path,
+        "size_bytes": part.size_bytes,
+        "num_records": part.stats["numRecords"],
+    }
+    for key, prefix in (("minValues", "min"), ("maxValues", "max"), ("nullCount", "null_count")):
+        row |= {f"{prefix}.{name}": value for name, value in part.stats[key].items()}
+    return row
 
 
 class Process:
@@ -560,6 +586,16 @@ def test_the_simulated_log_is_like_the_real_one(tmp_path):
     for version in range(real.version + 1):
         ours, theirs = delta.open_log(uri, version), world.open_log(uri, version)
         assert _by_path(ours.parts()) == _by_path(theirs.parts())
+        some = set(sorted(ours.paths())[::2])
+        assert ours.paths() == theirs.paths()
+        assert _by_path(ours.parts(some)) == _by_path(theirs.parts(some))
+        columns = ("path", "size_bytes", "num_records", "min.shard_id", "max.case_index")
+        ours_rows, theirs_rows = (
+            sorted(zip(*log.columns(*columns), strict=True)) for log in (ours, theirs)
+        )
+        assert ours_rows == theirs_rows
+        for older in range(-1, version):
+            assert ours.paths_added_since(older) == theirs.paths_added_since(older)
         assert [c.metadata for c in ours.commits()] == [c.metadata for c in theirs.commits()]
         assert all(ours.has_run(f"run{n}") == theirs.has_run(f"run{n}") for n in range(31))
     for log in (delta, world):
