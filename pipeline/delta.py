@@ -7,6 +7,7 @@ not there) is for callers to check.
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 from pipeline import storage
@@ -59,11 +60,10 @@ class Commit:
 
 
 class TableLog:
-    """A table opened at one version."""
+    """A table at one version; its files are loaded when they are asked for."""
 
-    def __init__(self, uri: str, table: DeltaTable) -> None:
-        self._uri, self._table = uri, table
-        self.version = int(table.version())
+    def __init__(self, uri: str, version: int) -> None:
+        self._uri, self.version = uri, version
 
     def columns(self, *names: str) -> list[list[Any]]:
         """Columns of this version's files, in one order: path, size_bytes, num_records, and statistics
@@ -104,7 +104,12 @@ class TableLog:
 
     @cached_property
     def _adds(self) -> pa.Table:
-        return pa.table(self._table.get_add_actions(flatten=True))
+        try:
+            options = _storage_options(self._uri)
+            table = DeltaTable(self._uri, version=self.version, storage_options=options)
+        except DeltaError as error:
+            raise ResultsError(f"the log of {self._uri} cannot be read: {error}") from None
+        return pa.table(table.get_add_actions(flatten=True))
 
     def _actions(self, version: int) -> Iterator[dict[str, Any]]:
         """The lines of one log entry."""
@@ -144,30 +149,31 @@ class TableLog:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ResultsError(f"the log entry {version} of {self._uri} is damaged") from None
 
-    def has_run(self, run_id: str) -> bool:
-        """Whether a run's commit is among those up to this version."""
-        return self._table.transaction_version(run_id) is not None
 
-
+_LOG_ENTRY = re.compile(r"([0-9]{20})\.json")
 _STATISTICS = {"minValues": "min.", "maxValues": "max.", "nullCount": "null_count."}
 
 
 def open_log(uri: str, version: int | None = None) -> TableLog | None:
     """A table at its newest or at a given version; None where there is no table.
 
-    Raises ResultsError for a version that does not exist, and for a log that cannot be read.
+    Raises ResultsError for a version that does not exist.
     """
-    if not storage.is_remote(uri) and not os.path.isdir(storage.join(uri, "_delta_log")):
+    newest = _newest_version(uri)
+    if newest is None:
         return None
-    try:
-        table = DeltaTable(uri, version=version, storage_options=_storage_options(uri))
-    except TableNotFoundError:
+    if version is not None and not 0 <= version <= newest:
+        raise ResultsError(f"{uri} has no version {version}")
+    return TableLog(uri, newest if version is None else version)
+
+
+def _newest_version(uri: str) -> int | None:
+    """By listing the log: opening a table of many parts takes a second, this takes none."""
+    log = storage.join(uri, "_delta_log")
+    if not storage.is_remote(uri) and not storage.is_folder(log):
         return None
-    except DeltaError as error:
-        if version is not None:
-            raise ResultsError(f"{uri} has no version {version}") from None
-        raise ResultsError(f"the log of {uri} cannot be read: {error}") from None
-    return TableLog(uri, table)
+    entries = (_LOG_ENTRY.fullmatch(info.path) for info in storage.list_files(log))
+    return max((int(entry.group(1)) for entry in entries if entry), default=None)
 
 
 def commit(

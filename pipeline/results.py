@@ -268,17 +268,19 @@ def paths_since(results: str, night: int) -> set[str]:
     return found
 
 
-def night_of_run(results: str, run_id: str) -> int | None:
-    """The night that a run published, or None if it did not."""
-    return published_version(results, "masks", run_id)
+def night_of_run(results: str, run_id: str, since: int | None = None) -> int | None:
+    """The night that a run published, or None if it did not. since: look only at later nights."""
+    return published_version(results, "masks", run_id, since)
 
 
-def published_version(results: str, table: str, run_id: str) -> int | None:
+def published_version(
+    results: str, table: str, run_id: str, since: int | None = None
+) -> int | None:
     """The version in which a run committed to a table, or None if it did not."""
     opened = _open(results, table)
-    if opened is None or not opened.has_run(run_id):
-        return None
-    for commit in opened.commits():
+    for commit in opened.commits() if opened is not None else ():
+        if since is not None and commit.version <= since:
+            return None
         if commit.metadata is not None and commit.metadata["run_id"] == run_id:
             return commit.version
     return None
@@ -382,7 +384,7 @@ def _replace_night(
     record: Mapping[str, Any],
 ) -> int:
     """The protocol: side tables first, on what the base night names; `masks` on exactly that night."""
-    done = night_of_run(results, run_id)
+    done = night_of_run(results, run_id, since=base_night)
     if done is None:
         if latest_night_number(results) != base_night:
             raise _conflict(run_id, base_night)
@@ -417,7 +419,8 @@ def _commit_side(
     base: Night | None,
 ) -> int | None:
     """Commit to `metrics` or `cases`, first taking back what no night names."""
-    done = published_version(results, table, run_id)
+    named = None if base is None else base.metadata["versions"][table]
+    done = published_version(results, table, run_id, since=named)
     if done is not None:
         return done
     current = _settle_table(results, table, base)
@@ -474,7 +477,7 @@ def _commit(
         )
     except delta.CommitFailed as error:
         failure = error
-    landed = published_version(results, table, run_id)
+    landed = published_version(results, table, run_id, since=base_version)
     if landed is not None:
         return landed
     if failure is None:

@@ -193,7 +193,7 @@ def stage_run(
     log = RunLog(runs.run_uri(results_uri, plan.run_id, "log.jsonl"))
     done = None
     if plan.base_night is not None or resumed:
-        done = results.night_of_run(results_uri, plan.run_id)
+        done = results.night_of_run(results_uri, plan.run_id, since=plan.base_night)
     staged = Staged(
         plan=plan,
         results=results_uri,

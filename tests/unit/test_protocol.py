@@ -287,9 +287,6 @@ class FakeLog:
     def commit_of(self, version):
         return self._entries[version].commit
 
-    def has_run(self, run_id):
-        return any(entry.run_id == run_id for entry in self._entries)
-
 
 def _flat(part):
     row = {
@@ -597,7 +594,6 @@ def test_the_simulated_log_is_like_the_real_one(tmp_path):
         for older in range(-1, version):
             assert ours.paths_added_since(older) == theirs.paths_added_since(older)
         assert [c.metadata for c in ours.commits()] == [c.metadata for c in theirs.commits()]
-        assert all(ours.has_run(f"run{n}") == theirs.has_run(f"run{n}") for n in range(31))
     for log in (delta, world):
         with pytest.raises(ResultsError, match="no version 99"):
             log.open_log(uri, 99)
