@@ -1,6 +1,7 @@
 """What the commands share: options of one meaning, errors as one sentence, `--json`."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -121,4 +122,14 @@ def run(command: click.Command) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"reseg: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("RESEG_TRACEBACK"):
+            raise
+        brief = (str(error).splitlines() or [""])[0][:200]
+        click.echo(
+            f"reseg: an error that nobody foresaw: {type(error).__name__}: {brief}; please report it, "
+            "with what RESEG_TRACEBACK=1 adds",
+            err=True,
+        )
         sys.exit(1)

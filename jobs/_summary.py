@@ -152,6 +152,8 @@ def print_night(outcome: "Outcome", results: str) -> None:
         click.echo(f"and {len(outcome.review) - 10} more: see the report")
     if outcome.report:
         click.echo(f"report: {outcome.report}")
+    for note in outcome.notes:
+        click.echo(f"note: {note}")
     if outcome.waste and outcome.waste.files:
         megabytes = outcome.waste.num_bytes / 1e6
         click.echo(f"collected {len(outcome.waste.files):,} old files ({megabytes:,.1f} MB)")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy import ndimage
 
 from pipeline import tables
@@ -167,15 +168,51 @@ def compare_nights(
             case_tables.append(pa.Table.from_pylist(found.cases, CASES_SCHEMA))
             whole.counts.update(found.counts)
             progress(number, len(touched), "comparing")
+    cases, images = pa.concat_tables(case_tables), pa.concat_tables(image_tables)
+    if before is not None:
+        found = _compare_moved(cases, before, after, group_of)
+        moved = pa.array(sorted({row["case_id"] for row in found.cases}), pa.string())
+        cases = cases.filter(pc.invert(pc.is_in(cases.column("case_id"), moved)))
+        cases = pa.concat_tables([cases, pa.Table.from_pylist(found.cases, CASES_SCHEMA)])
+        images = pa.concat_tables([images, pa.Table.from_pylist(found.images, IMAGES_SCHEMA)])
+        whole.counts.update(found.counts)
     return Comparison(
         before=None if before is None else before.number,
         after=after.number,
         num_cases_before=_num_cases(before, only),
         num_cases_after=_num_cases(after, only),
         counts={name: whole.counts[name] for name in (*COUNTS, "pairs_read")},
-        images=pa.concat_tables(image_tables),
-        cases=pa.concat_tables(case_tables),
+        images=images,
+        cases=cases,
     )
+
+
+def _compare_moved(
+    cases: pa.Table, before: Night, after: Night, group_of: Callable[[str], str]
+) -> _Found:
+    """Cases that left one shard and are in another: archives that were renamed or packed anew.
+
+    The counts take back that their images were counted as new and as removed.
+    """
+    places: dict[str, dict[str, str]] = {"new": {}, "removed": {}}
+    for row in cases.select(["case_id", "shard_id", "state"]).to_pylist():
+        if row["state"] in places:
+            places[row["state"]][row["case_id"]] = row["shard_id"]
+    moves: dict[tuple[str, str], set[str]] = {}
+    for case_id in places["new"].keys() & places["removed"].keys():
+        move = (places["removed"][case_id], places["new"][case_id])
+        moves.setdefault(move, set()).add(case_id)
+    whole = _Found()
+    for (old_shard, new_shard), case_ids in sorted(moves.items()):
+        old = _Side.read(before, before.shards[old_shard].parts, case_ids)
+        new = _Side.read(after, after.shards[new_shard].parts, case_ids)
+        found = _compare_shard(new_shard, old, new, group_of)
+        whole.cases += found.cases
+        whole.images += found.images
+        whole.counts.update(found.counts)
+        whole.counts["removed"] -= sum(map(len, old.images.values()))
+        whole.counts["new"] -= sum(map(len, new.images.values()))
+    return whole
 
 
 def _num_cases(night: Night | None, only: Mapping[str, Set[str]] | None) -> int:
@@ -432,20 +469,20 @@ def _components_moved(
 ) -> dict[str, int]:
     """Components (full connectivity) of `after` that touch nothing of `before`, and the reverse."""
     return {
-        "appeared": len(_lonely(after, before)),
-        "vanished": len(_lonely(before, after)),
+        "appeared": len(_lonely(after, before)[1]),
+        "vanished": len(_lonely(before, after)[1]),
     }
 
 
 def _lonely(
     mask: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]
-) -> list[npt.NDArray[np.bool_]]:
-    """The components of `mask` without a pixel in `other`."""
+) -> tuple[npt.NDArray[Any], list[int]]:
+    """The components of `mask`, numbered, and the numbers of those without a pixel in `other`."""
     if not mask.any():
-        return []
+        return np.zeros(mask.shape, np.int32), []
     labelled, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
     met = set(np.unique(labelled[other]).tolist())
-    return [labelled == number for number in range(1, count + 1) if number not in met]
+    return labelled, [number for number in range(1, count + 1) if number not in met]
 
 
 def _case_movement(case: _Case, label: int, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -524,17 +561,16 @@ def _num_new(
     neighbours: tuple[dict[str, Any] | None, dict[str, Any] | None],
 ) -> int:
     """Components of `volume` that are neither in `other` nor go on in an unchanged neighbour."""
-    count = 0
-    for component in _lonely(volume, other):
-        goes_on = False
-        for face, row in zip((component[0], component[-1]), neighbours, strict=True):
-            if row is not None and face.any() and case.area(row["image_id"], label):
-                mask = case.new.masks([row["row"]])[row["row"]]
-                near = ndimage.binary_dilation(face, np.ones((3, 3), bool))
-                if mask is not None and mask.shape == face.shape and (mask[near] == label).any():
-                    goes_on = True
-        count += not goes_on
-    return count
+    labelled, lonely = _lonely(volume, other)
+    going_on: set[int] = set()
+    for face, row in zip((labelled[0], labelled[-1]), neighbours, strict=True):
+        if row is None or not np.isin(face, lonely).any() or not case.area(row["image_id"], label):
+            continue
+        mask = case.new.masks([row["row"]])[row["row"]]
+        if mask is not None and mask.shape == face.shape:
+            near = ndimage.binary_dilation(mask == label, np.ones((3, 3), bool))
+            going_on |= set(np.unique(face[near]).tolist())
+    return len(set(lonely) - going_on)
 
 
 def became_bad(comparison: Comparison) -> list[dict[str, Any]]:

@@ -64,13 +64,21 @@ def measure_drift(
         ]
         ks, p_value = float(np.abs(shares[0] - shares[1]).max()), 1.0
     edges = np.unique(np.quantile(before, np.linspace(0, 1, _BINS + 1)[1:-1]))
-    counts = [
-        np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1) + 0.5
-        for values in (before, after)
-    ]
+    tied = np.array([edge for edge in edges if np.count_nonzero(before == edge) > 1])
+    counts = [_bin(values, edges, tied) + 0.5 for values in (before, after)]
     expected, found = (count / count.sum() for count in counts)
     psi = float(np.sum((found - expected) * np.log(found / expected)))
     return {"ks": ks, "p_value": p_value, "psi": psi}
+
+
+def _bin(
+    values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], tied: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Values by decile; those that many share, as a volume of 0, in bins of their own."""
+    bins = np.searchsorted(edges, values, side="left")
+    for number, edge in enumerate(tied, start=len(edges) + 1):
+        bins[values == edge] = number
+    return np.bincount(bins, minlength=len(edges) + 1 + len(tied)).astype(np.float64)
 
 
 _SMALLEST_GROUP = 10

@@ -1,7 +1,7 @@
 """Whether a staged night may be published: each limit with its value, and pass or fail."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,9 +69,10 @@ def verdict_from_plain(values: Mapping[str, Any]) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedScores:
-    """Dice of two bundles on the same labelled cases. p_value: of the drop, one-sided, paired.
+    """Dice of two bundles on the same labelled cases, each the mean over its labels.
 
-    low, high: 95 % interval of the mean drop (bootstrap over cases).
+    p_value: of the drop, one-sided, paired. low, high: 95 % interval of the mean drop (bootstrap over
+    cases). by_label: the mean drop of each label.
     """
 
     num_cases: int
@@ -81,40 +82,49 @@ class PairedScores:
     low: float
     high: float
     p_value: float
+    by_label: Mapping[str, float]
     worst: tuple[tuple[str, float, float], ...]
 
 
 def pair_scores(
     before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]
 ) -> PairedScores | None:
-    """Compare the Dice of two `cases` tables, case and label by case and label; None without pairs.
+    """Compare the Dice of two `cases` tables, case by case; None where one of them has no score at all.
 
     A label that is empty in reference and prediction has no Dice; where one bundle has one and the
-    other has not, the empty prediction was right and counts as 1. The p-value is that of Wilcoxon's
+    other has not, the empty prediction was right and counts as 1. A case that the second bundle has no
+    score for, though the first had one, counts as 0. The p-value is that of Wilcoxon's
     signed-rank test (1945) that the second bundle is worse.
     """
     first, second = _scores(before), _scores(after)
-    keys = sorted(
-        key
-        for key in first.keys() & second.keys()
-        if first[key] != second[key] or first[key] is not None
-    )
-    pairs = [(first[key], second[key]) for key in keys]
-    numbers = np.array([[1.0 if v is None else v for v in pair] for pair in pairs], np.float64)
-    if not len(numbers):
+    values: dict[str, dict[str, tuple[float, float]]] = {}
+    for case_id, label_name in sorted(first):
+        old, new = first[case_id, label_name], second.get((case_id, label_name), 0.0)
+        if old is not None or new is not None:
+            pair = (1.0 if old is None else old, 1.0 if new is None else new)
+            values.setdefault(case_id, {})[label_name] = pair
+    if not values or not second:
         return None
-    drops = numbers[:, 0] - numbers[:, 1]
+    names = sorted({name for labels in values.values() for name in labels})
+    case_ids = list(values)
+    means = np.array([np.mean(list(labels.values()), axis=0) for labels in values.values()])
+    drops = means[:, 0] - means[:, 1]
     low, high = _interval(drops)
-    order = np.argsort(-drops)[:5]
     return PairedScores(
-        num_cases=len({case_id for case_id, _ in keys}),
-        mean_before=float(numbers[:, 0].mean()),
-        mean_after=float(numbers[:, 1].mean()),
+        num_cases=len(case_ids),
+        mean_before=float(means[:, 0].mean()),
+        mean_after=float(means[:, 1].mean()),
         drop=float(drops.mean()),
         low=low,
         high=high,
         p_value=float(stats.wilcoxon(drops, alternative="greater").pvalue) if drops.any() else 1.0,
-        worst=tuple((keys[i][0], float(numbers[i, 0]), float(numbers[i, 1])) for i in order),
+        by_label={
+            name: float(np.mean([v[name][0] - v[name][1] for v in values.values() if name in v]))
+            for name in names
+        },
+        worst=tuple(
+            (case_ids[i], float(means[i, 0]), float(means[i, 1])) for i in np.argsort(-drops)[:5]
+        ),
     )
 
 
@@ -143,8 +153,12 @@ def judge(
     num_bad: int,
     scores: PairedScores | None,
     why_no_scores: str,
+    must_score: bool = False,
 ) -> Verdict:
-    """Hold a night against the policy. num_images, num_bad: of the whole night."""
+    """Hold a night against the policy. num_images, num_bad: of the whole night.
+
+    must_score: there is a labelled set and another network, so that no scores are a failure.
+    """
     limits = [
         _limit(
             "max_bad_share",
@@ -161,7 +175,7 @@ def judge(
             *_volume_changes(config, comparison),
             *_drift_limits(config, drift),
         ]
-    limits.append(_dice_drop(config, scores, why_no_scores))
+    limits += _dice_drops(config, scores, why_no_scores, must_score=must_score)
     return Verdict(limits=tuple(limits))
 
 
@@ -192,14 +206,24 @@ def _is_enough(config: GateConfig, number: int, comparison: Comparison) -> bool:
 def _low_dice(config: GateConfig, comparison: Comparison) -> Limit:
     worst: dict[str, float] = {}
     again: set[str] = set()
-    for row in comparison.cases.select(["case_id", "state", "dice"]).to_pylist():
-        if row["state"] in ("changed", "recomputed"):
-            again.add(row["case_id"])
-            if row["dice"] is not None:
-                worst[row["case_id"]] = min(row["dice"], worst.get(row["case_id"], 1.0))
-    low = sum(dice < config.low_dice for dice in worst.values())
+    columns = ["case_id", "state", "dice", "volume_px_before", "volume_px_after"]
+    for row in comparison.cases.select(columns).to_pylist():
+        if row["state"] not in ("changed", "recomputed"):
+            continue
+        before, after = row["volume_px_before"], row["volume_px_after"]
+        again.add(row["case_id"])
+        dice = row["dice"]
+        if dice is None and before is not None and after is None:
+            dice = 0.0  # it had masks, and has none any more
+        if dice is None and (before or after):
+            continue  # of another size now: nothing says that it is like it was
+        worst[row["case_id"]] = min(1.0 if dice is None else dice, worst.get(row["case_id"], 1.0))
+    unlike = len(again - worst.keys())
+    low = sum(dice < config.low_dice for dice in worst.values()) + unlike
     judged = _is_enough(config, len(again), comparison)
     note = f"{low:,} of {len(again):,} cases computed again"
+    if unlike:
+        note += f", {unlike:,} of them of another size and not comparable"
     return _limit(
         "max_low_dice_share",
         f"the share of cases with a Dice under {config.low_dice:g} to last night",
@@ -273,10 +297,16 @@ def _drift_limits(config: GateConfig, drift: Sequence[Drift]) -> list[Limit]:
     return limits
 
 
-def _dice_drop(config: GateConfig, scores: PairedScores | None, why_not: str) -> Limit:
+def _dice_drops(
+    config: GateConfig, scores: PairedScores | None, why_not: str, *, must_score: bool
+) -> list[Limit]:
+    """The mean drop on the labelled set; with several labels also that of each."""
     what = "the drop of the mean Dice on the labelled set"
     if scores is None:
-        return _limit("max_dice_drop", what, None, config.max_dice_drop, why_not)
+        limit = _limit("max_dice_drop", what, None, config.max_dice_drop, why_not)
+        if must_score and config.max_dice_drop != _OFF:
+            limit = replace(limit, value=1.0, passed=False)
+        return [limit]
     note = (
         f"{scores.mean_before:.4f} to {scores.mean_after:.4f} over {scores.num_cases} cases, 95 % "
         f"interval of the drop {scores.low:.4f} to {scores.high:.4f}, p = {scores.p_value:.3g}"
@@ -284,12 +314,13 @@ def _dice_drop(config: GateConfig, scores: PairedScores | None, why_not: str) ->
     limit = _limit("max_dice_drop", what, scores.drop, config.max_dice_drop, note)
     by_chance = scores.num_cases >= _FEWEST_FOR_CHANCE and scores.p_value >= config.alpha
     if limit.passed is False and by_chance:
-        return _limit(
-            "max_dice_drop",
-            what,
-            scores.drop,
-            config.max_dice_drop,
-            f"{note}: over the limit, but as likely by chance",
-            judged=False,
-        )
-    return limit
+        limit = replace(limit, passed=None, note=f"{note}: over the limit, but as likely by chance")
+    if len(scores.by_label) < 2:
+        return [limit]
+    return [
+        limit,
+        *(
+            _limit("max_dice_drop", f"{what}, of {name}", drop, config.max_dice_drop)
+            for name, drop in scores.by_label.items()
+        ),
+    ]

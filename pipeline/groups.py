@@ -46,19 +46,27 @@ def _read_table(config: GroupsConfig) -> Mapping[str, str]:
     except OSError as error:
         raise ConfigError(f"groups.table {uri} cannot be read: {error.strerror or error}") from None
     try:
-        if uri.endswith(".csv"):
+        if uri.lower().endswith(".csv"):
             rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
             columns = [[row.get(name) for row in rows] for name in wanted]
-            present = set(rows[0]) if rows else set(wanted)
+            present = {name for name in (rows[0] if rows else wanted) if name is not None}
         else:
             table = pq.read_table(io.BytesIO(data))
             present = set(table.column_names)
             columns = [table.column(n).to_pylist() if n in present else [] for n in wanted]
     except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"groups.table {uri} is neither CSV nor Parquet: {error}") from None
+        raise ConfigError(
+            f"groups.table {uri} is neither CSV nor Parquet: {str(error).splitlines()[0][:200]}"
+        ) from None
     for name in wanted:
         if name not in present:
             raise ConfigError(
                 f"groups.table {uri} has no column {name!r}; it has {', '.join(sorted(present))}"
             )
-    return {str(case_id): str(group) for case_id, group in zip(*columns, strict=True) if group}
+    if not columns[0]:
+        raise ConfigError(f"groups.table {uri} has no row")
+    return {
+        str(case_id): str(group)
+        for case_id, group in zip(*columns, strict=True)
+        if group is not None and group != ""
+    }

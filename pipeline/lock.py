@@ -48,8 +48,14 @@ def show_life(folder: str) -> None:
 
 
 def release_lock(folder: str) -> None:
-    """Let others work in the folder."""
-    storage.remove(storage.join(folder, LOCK_FILE))
+    """Let others work in the folder, unless another has taken it over."""
+    uri = storage.join(folder, LOCK_FILE)
+    try:
+        mine = json.loads(storage.read(uri))
+    except (OSError, ValueError):
+        return
+    if (mine.get("host"), mine.get("pid")) == (socket.gethostname(), os.getpid()):
+        storage.remove(uri)
 
 
 @contextmanager
@@ -79,13 +85,15 @@ def _lock_text() -> bytes:
 
 
 def _is_alive(other: Mapping[str, Any]) -> bool:
+    if time.time() - other["seen"] >= _STALE_S:
+        return False  # whoever has its number now is somebody else
     if other["host"] != socket.gethostname():
-        return bool(time.time() - other["seen"] < _STALE_S)
+        return True
     if other["pid"] == os.getpid():
         return False
     try:
         os.kill(other["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

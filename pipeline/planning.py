@@ -6,6 +6,7 @@ them or writing the same shard again computes nothing.
 """
 
 import os
+import pwd
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -162,7 +163,11 @@ def code_version() -> dict[str, str]:
 
 def operator() -> str:
     """Who runs this process, for the record."""
-    return os.environ.get("USER", "") or str(os.getuid())
+    try:
+        name = os.environ.get("USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = f"uid {os.getuid()}"
+    return name
 
 
 def _describe(source: Source) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether nothing differs and nothing is damaged."""
-        return not self.outcomes["different"] and not (self.checked and self.checked.damaged)
+        if self.checked and (self.checked.damaged or self.checked.unsealed):
+            return False
+        return not self.outcomes["different"] and (not self.images or self.outcomes["equal"] > 0)
 
     @property
     def sentence(self) -> str:
@@ -43,6 +45,11 @@ class Proof:
                 f"{self.outcomes['different']} of {len(self.images)} masks differ when computed again, "
                 f"as {first.image_id!r}"
             )
+        if self.images and not self.outcomes["equal"] and not parts:
+            parts.append("not one mask could be computed again: the source is another by now")
+        if self.checked and self.checked.unsealed:
+            nights = ", ".join(map(str, self.checked.unsealed))
+            parts.append(f"the log entries of night {nights} have no digests to hold them against")
         if damaged:
             parts.append(f"{len(damaged)} files are damaged, as {damaged[0]}")
         return "; ".join(parts)

@@ -8,6 +8,7 @@ a reader through here always sees one whole night. The number of a night is the 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,14 +181,16 @@ def staged_night(
 
 
 def nights_of_run(results: str, run_id: str) -> tuple[Night | None, Night]:
-    """The night that a run was planned on, and the one that it made or would make.
+    """The night that a run was planned on, if it can still be read, and the one that it made or would make.
 
     Raises ResultsError if its plan is gone or it is not complete.
     """
     plan = load_plan(results, run_id)
     if plan is None:
         raise ResultsError(f"{results} has no run {run_id!r}")
-    base = None if plan.base_night is None else open_night(results, plan.base_night)
+    base = None
+    with suppress(ResultsError):  # collected by now: what the run itself made is still there
+        base = None if plan.base_night is None else open_night(results, plan.base_night)
     receipts = {receipt.shard_id: receipt for receipt in all_receipts(results, run_id)}
     if any(work.shard_id not in receipts for work in plan.works):
         raise ResultsError(f"run {run_id} is not complete")
@@ -294,7 +297,8 @@ _KEPT = "oldest_kept_night.json"
 def oldest_kept_night(results: str) -> int:
     """Nights before this one may have lost parts."""
     try:
-        return int(json.loads(storage.read(storage.join(results, "_runs", _KEPT)))["night"])
+        said = int(json.loads(storage.read(storage.join(results, "_runs", _KEPT)))["night"])
+        return min(said, latest_night_number(results) or 0)
     except FileNotFoundError:
         return 0
     except (ValueError, KeyError, TypeError):
@@ -433,6 +437,12 @@ def settle(results: str) -> None:
     Readers of ours pin versions and never notice; this is for readers of the newest version.
     A commit of somebody else in between wins; whoever publishes next settles again.
     """
+    masks = _open(results, "masks")
+    if masks is not None:
+        metadata = _meaning_of(masks).metadata
+        assert metadata is not None
+        if all(latest_version(results, t) == metadata["versions"][t] for t in TABLES[:-1]):
+            return
     base = open_night(results)
     for table in TABLES[:-1]:
         try:
@@ -446,6 +456,8 @@ def _settle_table(results: str, table: str, base: Night | None) -> int | None:
     opened = _open(results, table)
     if opened is None:
         return None
+    if base is not None and opened.version == base.metadata["versions"][table]:
+        return opened.version
     change = _difference(opened, None if base is None else _log_of(base, table))
     if not any(change):
         return opened.version

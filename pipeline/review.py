@@ -77,6 +77,10 @@ def make_review(
         )
         if row["volume_px_after"] is not None:
             found.volumes[row["label_name"]] = row["volume_px_after"]
+        if row["state"] == "new" and row["num_bad_after"] and row["volume_px_after"] is None:
+            if not found.reasons:
+                found.add(1.0, f"none of its {row['num_images_after']} images is good")
+            continue
         label = f"{row['label_name']}: " if several else ""
         for score, reason in (*_movement_reasons(row), *_confidence_reasons(row, rank_of)):
             found.add(score, label + reason, row["worst_image"])

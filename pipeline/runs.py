@@ -80,9 +80,12 @@ def load_plan(results: str, run_id: str) -> RunPlan | None:
     except FileNotFoundError:
         return None
     try:
-        values = json.loads(gzip.decompress(data))
-    except (OSError, EOFError, ValueError, zlib.error):
+        return _plan_from_plain(json.loads(gzip.decompress(data)))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         raise ResultsError(f"the plan of run {run_id} in {results} is damaged") from None
+
+
+def _plan_from_plain(values: Mapping[str, Any]) -> RunPlan:
     return RunPlan(
         run_id=values["run_id"],
         base_night=values.get("base_night"),

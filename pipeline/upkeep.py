@@ -20,7 +20,7 @@ Progress = Callable[[int, int, str], None]
 
 _READERS = 8
 _PREFIX_LENGTH = len(part_prefix("0" * 64))
-_SEAL = "seal.json"
+_SEALS = "_seals"
 _PART_NAME = re.compile(r"part-[0-9a-f]{16}-([0-9a-f]{40})(?:-[0-9a-f]{8})?\.parquet")
 
 
@@ -37,9 +37,7 @@ def seal_night(results_uri: str, night: Night, previous: Night | None) -> None:
     Parts need none: they carry theirs in their names. Done once; a seal is never written again.
     """
     run_id = night.metadata["run_id"]
-    seal_uri = runs.run_uri(results_uri, run_id, _SEAL)
-    if storage.file_info(seal_uri) is not None:
-        return
+    seal_uri = _seal_uri(results_uri, night.number)
     names = [*_log_entries(night, previous), *_manifests(results_uri, run_id)]
     with ThreadPoolExecutor(_READERS) as pool:
         digests = pool.map(lambda n: sha256_hex(storage.read(storage.join(results_uri, n))), names)
@@ -77,13 +75,19 @@ def _manifests(results_uri: str, run_id: str) -> Iterator[str]:
 
 
 def seal_all(results_uri: str) -> None:
-    """Seal the published night, unless that was done."""
-    run_id = results.published_run(results_uri)
-    if run_id is None or storage.file_info(runs.run_uri(results_uri, run_id, _SEAL)) is not None:
+    """Seal the published night and those before it, back to one that is sealed."""
+    if results.latest_night_number(results_uri) is None:
         return
-    night = results.open_night(results_uri)
-    if night is not None:
+    for number in reversed(kept_nights(results_uri)):
+        if storage.file_info(_seal_uri(results_uri, number)) is not None:
+            break
+        night = results.open_night(results_uri, number)
+        assert night is not None
         seal_night(results_uri, night, _before(night))
+
+
+def _seal_uri(results_uri: str, number: int) -> str:
+    return storage.join(results_uri, _SEALS, f"{number:020d}.json")
 
 
 def _before(night: Night) -> Night | None:
@@ -159,7 +163,7 @@ def verify_checksums(results_uri: str, progress: Progress = _silent) -> Checked:
 
 
 def _read_seal(results_uri: str, night: Night, damaged: list[str]) -> dict[str, str] | None:
-    uri = runs.run_uri(results_uri, night.metadata["run_id"], _SEAL)
+    uri = _seal_uri(results_uri, night.number)
     try:
         sealed = json.loads(storage.read(uri))
         if sha256_hex(sealed["seal"].encode()) != sealed["digest"]:
@@ -257,13 +261,24 @@ def kept_nights(results_uri: str) -> list[int]:
     return sorted(entry["night"] for entry in results.history(results_uri) if entry["kept"])
 
 
+def _readable(results_uri: str) -> list[int]:
+    """As `kept_nights`; where nobody knows any more which those are, all."""
+    try:
+        return kept_nights(results_uri)
+    except ResultsError:
+        newest = results.latest_night_number(results_uri)
+        if newest is None:
+            raise
+        return list(range(newest + 1))
+
+
 def find_waste(results_uri: str, keep: KeepConfig, now_s: float | None = None) -> Waste:
     """What a vacuum would delete: files of the tables' folders that nothing needs, older than the grace.
 
     Needed are the parts of the newest `keep.nights` nights and those in receipts of open runs.
     """
     staged, shards = _staged(results_uri)  # first: what is published meanwhile is in one of the two
-    nights = kept_nights(results_uri)
+    nights = _readable(results_uri)
     kept = nights[-keep.nights :] if keep.nights else nights
     needed = staged | results.paths_since(results_uri, kept[0])
     oldest_s = (time.time() if now_s is None else now_s) - keep.grace_hours * 3600
@@ -288,8 +303,7 @@ def find_waste(results_uri: str, keep: KeepConfig, now_s: float | None = None) -
 
 def collect(results_uri: str, waste: Waste, progress: Progress = _silent) -> None:
     """Delete what `find_waste` found; first say that the dropped nights are gone."""
-    if waste.oldest_night > results.oldest_kept_night(results_uri):
-        results.keep_nights_from(results_uri, waste.oldest_night)
+    results.keep_nights_from(results_uri, waste.oldest_night)
     with ThreadPoolExecutor(_READERS) as pool:
         deleted = pool.map(
             lambda path: storage.remove(storage.join(results_uri, path)), waste.files

@@ -44,7 +44,7 @@ def write_page(results_uri: str, examined: Mapping[str, Any], worst_cases: int) 
         results.history(results_uri) if results.latest_night_number(results_uri) is not None else []
     )
     entry = next((item for item in history if item["night"] == night_number), {})
-    moved = _read_rows(results_uri, run_id, "cases")
+    moved = read_rows(results_uri, run_id, "cases")
     cases = moved.to_pylist()
     verdict = examined["verdict"]
     tone, badge, sentence, detail = _in_a_sentence(examined, night_number, entry)
@@ -187,7 +187,8 @@ def _limit_row(limit: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_rows(results_uri: str, run_id: str, name: str) -> pa.Table:
+def read_rows(results_uri: str, run_id: str, name: str) -> pa.Table:
+    """The table "cases" or "images" of an examined run. Raises ResultsError if it is damaged."""
     uri = runs.run_uri(results_uri, run_id, f"{name}.parquet")
     try:
         return pq.read_table(io.BytesIO(storage.read(uri)), page_checksum_verification=True)

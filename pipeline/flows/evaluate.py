@@ -71,7 +71,7 @@ def run_evaluate(
     if not storage.is_empty(out) and storage.file_info(mark) is None:
         raise ConfigError(f"{out} exists and is no evaluation; choose another folder with --out")
     load_bundle(bundle_location)
-    _check_references(location, config)
+    check_references(location, config)
     storage.check_writable(out)
     storage.create(mark, b"")
     config = replace(
@@ -89,12 +89,14 @@ def run_evaluate(
     return evaluation
 
 
-def _check_references(location: str, config: SegmentConfig) -> None:
+def check_references(location: str, config: SegmentConfig) -> None:
     """Say at once what would be found out only after everything was segmented."""
     source = open_source(location, config.source, config.limits)
     listing = FORMATS[source.format].list_shards(source)
     known = [case for shard in listing.shards for case in shard.cases or ()]
     all_known = all(shard.cases is not None for shard in listing.shards)
+    if all_known and not known:
+        raise SourceError(f"{source.uri} holds no image")
     has_masks = any(item.mask for case in known for item in case.slices)
     if config.source.references == "ignore" or (all_known and known and not has_masks):
         raise SourceError(

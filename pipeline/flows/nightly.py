@@ -20,7 +20,8 @@ from pipeline.compare import Comparison, compare_nights
 from pipeline.config import SegmentConfig, decode, output_digest
 from pipeline.correction import Exported, export_cases
 from pipeline.drift import Drift, find_drift, reference_cases
-from pipeline.errors import BundleError, ConfigError, ResultsError
+from pipeline.errors import BundleError, CommitConflict, ConfigError, ResegError, ResultsError
+from pipeline.flows.evaluate import check_references
 from pipeline.flows.segment import (
     Staged,
     Summary,
@@ -34,13 +35,13 @@ from pipeline.gate import PairedScores, Verdict, judge, pair_scores, verdict_fro
 from pipeline.groups import make_group_of
 from pipeline.lock import locked
 from pipeline.planning import check_apart, new_run_id, operator
-from pipeline.policy import NightlyConfig, labelled_segment_config
+from pipeline.policy import NightlyConfig, ReportConfig, labelled_segment_config
 from pipeline.records import sha256_hex
 from pipeline.results import Night
 from pipeline.review import ReviewItem, make_review, review_csv
 from pipeline.telemetry import Report, RunLog, silent
 from pipeline.upkeep import Waste
-from pipeline.webpage import write_page
+from pipeline.webpage import read_rows, write_page
 
 _EXAMINATION = "examination.json"
 _LABELLED = "_labelled"
@@ -57,6 +58,7 @@ class Outcome:
     waste: Waste | None
     case_states: Mapping[str, int]
     base_night: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -71,6 +73,7 @@ class Outcome:
             "verdict": self.verdict and self.verdict.to_plain(),
             "review": [item.to_plain() for item in self.review],
             "report": self.report,
+            "report_notes": list(self.notes),
             "collected": self.waste and self.waste.to_plain(),
         }
 
@@ -94,6 +97,9 @@ def run_nightly(
     check_apart(storage.resolve(config.source), results_uri)
     group_of = make_group_of(config.groups)
     load_bundle(config.bundle)
+    _check_labelled(config)
+    if config.report.path:
+        _check_page(config.report.path)
     told = report or silent
     with locked(storage.join(results_uri, "_runs"), "running a night"):
         staged = stage_run(
@@ -119,8 +125,8 @@ def run_nightly(
             )
         staged.log("judged", run=staged.plan.run_id, passed=verdict.passed)
         staged.log.save()
-        page = _write_report(results_uri, staged.plan.run_id, config, told)
         waste = _tidy(results_uri, config, told)
+        page, note = _write_report(results_uri, staged.plan.run_id, config.report, told)
         return Outcome(
             summary=summarize(staged, night, record),
             verdict=verdict,
@@ -129,15 +135,16 @@ def run_nightly(
             waste=waste,
             case_states=states,
             base_night=staged.plan.base_night,
+            notes=(note,) if note else (),
         )
 
 
 def _nothing_to_do(staged: Staged, config: NightlyConfig, told: Report) -> Outcome:
     """The published night stands; finish what a killed run may have left to do after its commit."""
     run_id = results.published_run(staged.results)
-    page = None
+    page, note = None, ""
     if run_id is not None:
-        page = _write_report(staged.results, run_id, config, told, again=False)
+        page, note = _write_report(staged.results, run_id, config.report, told, again=False)
     return Outcome(
         summary=summarize(staged, staged.published_as),
         verdict=None,
@@ -145,6 +152,7 @@ def _nothing_to_do(staged: Staged, config: NightlyConfig, told: Report) -> Outco
         report=page,
         waste=_tidy(staged.results, config, told),
         case_states={},
+        notes=(note,) if note else (),
     )
 
 
@@ -183,10 +191,12 @@ def _examine(
         num_bad=record["counts"]["images"]["bad"],
         scores=scores,
         why_no_scores=why_no_scores,
+        must_score=_must_score(config, staged, base),
     )
     review = make_review(comparison, drift, reference, most=config.report.review_cases, base=base)
     summary = summarize(staged, None, record)
-    _keep_examination(staged, comparison, verdict, review, drift, scores, summary)
+    page = asdict(config.report)
+    _keep_examination(staged, comparison, verdict, review, drift, scores, summary, page)
     return verdict, review, comparison.case_states
 
 
@@ -198,6 +208,7 @@ def _keep_examination(
     drift: Sequence[Drift],
     scores: PairedScores | None,
     summary: Summary,
+    page: Mapping[str, Any],
 ) -> None:
     run_id = staged.plan.run_id
 
@@ -227,6 +238,7 @@ def _keep_examination(
         "drift": [asdict(item) for item in drift],
         "scores": scores and asdict(scores),
         "review": [item.to_plain() for item in review],
+        "page": dict(page),
     }
     keep(_EXAMINATION, json.dumps(values).encode())
 
@@ -236,38 +248,68 @@ def load_examination(results_uri: str, run_id: str) -> dict[str, Any]:
     try:
         data = storage.read(runs.run_uri(results_uri, run_id, _EXAMINATION))
         values: dict[str, Any] = json.loads(data)
+        verdict_from_plain(values["verdict"])
+        decode(ReportConfig, values["page"])
+        for item in values["review"]:
+            ReviewItem(**item)
+        if not {"run_id", "summary", "comparison", "drift", "bundle"} <= values.keys():
+            raise KeyError
     except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(
             f"run {run_id} in {results_uri} was not examined: only nightly runs are"
         ) from None
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError):
         raise ResultsError(f"the examination of run {run_id} in {results_uri} is damaged") from None
     return values
 
 
-def _write_report(
-    results_uri: str, run_id: str, config: NightlyConfig, told: Report, *, again: bool = True
-) -> str | None:
-    """Write the page of a run, beside it and where the configuration wants it; None if it is there.
+def _check_page(path: str) -> None:
+    """Whether the page can be written where the configuration wants it. Raises ConfigError."""
+    uri = storage.resolve(path)
+    if storage.is_folder(uri):
+        raise ConfigError(f"report.path {uri} is a folder; say the name of a file")
+    storage.check_writable(uri.rpartition("/")[0])
 
-    A report that fails must not make a published night look failed: it is said, and made next time.
+
+def _write_report(
+    results_uri: str, run_id: str, page: ReportConfig, told: Report, *, again: bool = True
+) -> tuple[str | None, str]:
+    """Write the page of a run, beside it and where the configuration wants it; what went wrong.
+
+    None where there was nothing to do. A report that fails does not make a published night look
+    failed: it is said, and made the next time.
     """
     uri = runs.run_uri(results_uri, run_id, "report.html")
-    if not again and storage.file_info(uri) is not None:
-        return None
-    try:
-        examined = load_examination(results_uri, run_id)
-    except ResultsError:
-        return None
+    places = [uri, *([storage.resolve(page.path)] if page.path else [])]
+    if not again and all(storage.file_info(place) is not None for place in places):
+        return None, ""
+    if not _was_examined(results_uri, run_id):
+        return None, ""
     told(0, 1, "writing the report", "")
-    page = write_page(results_uri, examined, config.report.worst_cases)
-    storage.write(uri, page)
-    if config.report.path:
-        storage.write(storage.resolve(config.report.path), page)
-    return uri
+    try:
+        html = write_page(results_uri, load_examination(results_uri, run_id), page.worst_cases)
+        for place in places:
+            storage.write(place, html)
+    except (ResegError, OSError) as error:
+        return None, f"the report could not be written: {error}"
+    return uri, ""
 
 
 # The labelled set
+
+
+def _check_labelled(config: NightlyConfig) -> None:
+    """Say at once what would be found out only after the archive was segmented. Raises ConfigError."""
+    if config.labelled.uri:
+        check_references(config.labelled.uri, labelled_segment_config(config))
+
+
+def _must_score(config: NightlyConfig, staged: Staged, base: Night | None) -> bool:
+    """Whether a labelled set has to say something: another network or other settings than published."""
+    if base is None or not config.labelled.uri:
+        return False
+    before = (base.metadata["bundle"]["digest"], base.metadata["config_digest"])
+    return before != (staged.plan.bundle["digest"], staged.plan.config_digest)
 
 
 def _score_labelled(
@@ -283,8 +325,7 @@ def _score_labelled(
         _segment_labelled(config, config.bundle, digest, segment, address, told)
         why = "there is no published night to compare with"
         return None, why, _labelled_key(config, digest, segment)
-    before = (base.metadata["bundle"]["digest"], base.metadata["config_digest"])
-    if before == (digest, staged.plan.config_digest):
+    if not _must_score(config, staged, base):
         why = "same network and settings as the published night"
         return None, why, base.metadata.get("labelled")
     scores, why = score_bundles(config, base, digest, address, told)
@@ -382,7 +423,14 @@ def publish_refused(
         log=log,
     )
     if done is not None:
-        return _as_outcome(summarize(staged, done), None, None)
+        record = next(n for n in results.history(results_uri) if n["night"] == done)
+        summary = replace(summarize(staged, done), counts=record["counts"])
+        return _as_outcome(replace(summary, bad_by_class=record["bad_by_class"]), None, None)
+    if results.latest_night_number(results_uri) != plan.base_night:
+        raise CommitConflict(
+            f"run {run_id} was planned against night {plan.base_night}, but another run has published "
+            "since; its night cannot be published any more: run the nightly command again"
+        )
     with locked(storage.join(results_uri, "_runs"), "running a night"):
         for receipt in runs.all_receipts(results_uri, run_id):
             staged.receipts[receipt.shard_id] = receipt
@@ -403,8 +451,12 @@ def publish_refused(
             record["verdict"] = None
         night = publish_staged(staged, record)
         upkeep.seal_all(results_uri)
-        page = _write_report(results_uri, run_id, NightlyConfig(), told) if examined else None
-    return _as_outcome(summarize(staged, night, record), verdict, page)
+        page, note = None, ""
+        if examined is not None:
+            where = decode(ReportConfig, examined["page"])
+            page, note = _write_report(results_uri, run_id, where, told)
+    outcome = _as_outcome(summarize(staged, night, record), verdict, page)
+    return replace(outcome, notes=(note,) if note else ())
 
 
 def _as_outcome(summary: Summary, verdict: Verdict | None, page: str | None) -> Outcome:
@@ -438,10 +490,13 @@ def _newest_run(results_uri: str, run_id: str | None) -> str:
     if run_id is not None:
         return run_id
     waiting = [r for r in runs.open_runs(results_uri) if _was_examined(results_uri, r)]
-    night = results.open_night(results_uri)
-    if not waiting and night is None:
-        raise ResultsError(f"{results_uri} holds no published night")
-    return waiting[-1] if waiting else str(night and night.metadata["run_id"])
+    for candidate in [
+        *reversed(waiting),
+        *(n.get("run_id", "") for n in results.history(results_uri)),
+    ]:
+        if _was_examined(results_uri, candidate):
+            return str(candidate)
+    raise ResultsError(f"none of the nights of {results_uri} was a nightly run: none was examined")
 
 
 def _was_examined(results_uri: str, run_id: str) -> bool:
@@ -476,8 +531,7 @@ def export_review(
     """Write cases of a run's review list as files to correct; see `correction.export_cases`."""
     results_uri = storage.resolve(results_location)
     _, night = results.nights_of_run(results_uri, run_id)
-    data = storage.read(runs.run_uri(results_uri, run_id, "cases.parquet"))
-    rows = pq.read_table(io.BytesIO(data), columns=["case_id", "shard_id"]).to_pylist()
+    rows = read_rows(results_uri, run_id, "cases").select(["case_id", "shard_id"]).to_pylist()
     shard_of = {row["case_id"]: row["shard_id"] for row in rows}
     pairs = [(shard_of[item["case_id"]], item["case_id"]) for item in items]
     return export_cases(night, pairs, storage.resolve(folder), report or silent)

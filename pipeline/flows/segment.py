@@ -20,7 +20,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import results, runs, storage, tables
+from pipeline import results, runs, storage, tables, upkeep
 from pipeline.bundle import Bundle, build_model, load_bundle
 from pipeline.cases import (
     CaseRows,
@@ -205,6 +205,8 @@ def stage_run(
     )
     if done is not None or staged.is_idle:
         _close_published(results_uri)
+        if plan.base_night is not None:
+            results.settle(results_uri)
         return staged
     build_model(bundle)
     log("start", run=plan.run_id, resumed=resumed, shards=len(plan.works), counts=plan.counts)
@@ -253,6 +255,7 @@ def publish_staged(staged: Staged, record: Mapping[str, Any]) -> int:
     """Commit a staged run; the number of its night. Raises CommitConflict."""
     plan = staged.plan
     night = results.publish(staged.results, plan, staged.receipts, record)
+    upkeep.seal_all(staged.results)
     for finished in runs.open_runs(staged.results):  # others were planned on an older night
         runs.close_run(staged.results, finished)
     total, bad = record["totals"]["images"], record["counts"]["images"]["bad"]

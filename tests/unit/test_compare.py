@@ -235,6 +235,8 @@ def test_drift_of_equal_and_of_moved_samples():
     ]
     by_hand = sum((b - a) * np.log(b / a) for a, b in zip(*shares, strict=True))
     assert loud["psi"] == pytest.approx(by_hand, rel=0.01)
+    fallen = measure_drift(np.full(50, 0.9), np.full(50, 0.5))
+    assert fallen["psi"] > 1, "values below all of the reference are a move"
     few = measure_drift(np.array([1.0, 2.0]), np.array([3.0]))
     assert (few["ks"], few["p_value"]) == (1.0, 1.0)
     assert measure_drift(np.zeros(30), np.zeros(30))["psi"] == pytest.approx(0, abs=1e-9)

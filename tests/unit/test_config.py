@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.config import SegmentConfig, load_config, output_digest
 from pipeline.errors import ConfigError
+from pipeline.policy import NightlyConfig
 
 
 def test_precedence_is_file_then_set_then_options(tmp_path):
@@ -90,5 +91,6 @@ def test_the_documented_defaults_are_the_defaults():
 
     import pipeline
 
-    path = Path(pipeline.__file__).parent / "defaults" / "segment.toml"
-    assert load_config(SegmentConfig, path) == SegmentConfig()
+    folder = Path(pipeline.__file__).parent / "defaults"
+    assert load_config(SegmentConfig, folder / "segment.toml") == SegmentConfig()
+    assert load_config(NightlyConfig, folder / "nightly.toml") == NightlyConfig()

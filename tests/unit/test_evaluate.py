@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline.errors import ConfigError, SourceError
 from pipeline.flows import evaluate
 from pipeline.flows.evaluate import dice_statistics, run_evaluate
+from pipeline.telemetry import no_formula
 
 
 def rows_of(*scores: float) -> list[dict]:
@@ -97,6 +98,6 @@ def test_without_references_there_is_nothing_to_score(
 
 
 def test_names_are_no_formulas_in_a_spreadsheet():
-    assert evaluate._no_formula("=cmd|x") == "'=cmd|x"
-    assert evaluate._no_formula("case") == "case"
-    assert evaluate._no_formula(-1.5) == -1.5
+    assert no_formula("=cmd|x") == "'=cmd|x"
+    assert no_formula("case") == "case"
+    assert no_formula(-1.5) == -1.5

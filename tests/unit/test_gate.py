@@ -145,13 +145,16 @@ def scored(values):
 
 def test_scores_are_paired_by_case():
     before, after = [0.9] * 12, [0.8] * 6 + [0.9] * 6
-    scores = pair_scores(scored(before), [*scored(after), {**scored([1.0])[0], "case_id": "other"}])
+    extra = {**scored([1.0])[0], "case_id": "other"}
+    scores = pair_scores(scored(before), [*scored(after), extra])
     assert scores.num_cases == 12
     assert scores.drop == pytest.approx(0.05)
     assert scores.low < 0.05 < scores.high
     assert scores.p_value < 0.05
     assert scores.worst[0] == ("c0", 0.9, 0.8)
     assert pair_scores(scored([0.5]), []) is None
+    lost = pair_scores(scored([0.9] * 3), scored([0.9]))
+    assert (lost.num_cases, lost.drop) == (3, pytest.approx(0.6))
 
 
 def test_finding_something_where_nothing_is_costs_a_whole_dice():
@@ -215,3 +218,42 @@ def test_the_list_is_safe_in_a_spreadsheet():
     text = review_csv(make_review(comparison(rows), [], NOTHING, most=5)).decode()
     assert "'=cmd()" in text
     assert ",=cmd()" not in text
+
+
+def test_no_scores_fail_where_there_must_be_some():
+    _, limits = judged([case("a")])
+    assert limits["max_dice_drop"].passed is None
+    verdict = judge(
+        GateConfig(),
+        comparison([case("a")]),
+        (),
+        num_images=1,
+        num_bad=0,
+        scores=None,
+        why_no_scores="no labelled case has a score from both bundles",
+        must_score=True,
+    )
+    assert [limit.name for limit in verdict.failed] == ["max_dice_drop"]
+
+
+def test_one_label_cannot_hide_behind_another():
+    def rows(x, y):
+        return [
+            {"case_id": f"c{i}", "label_name": name, "dice": value, "both_empty": False}
+            for i in range(20)
+            for name, value in (("x", x), ("y", y))
+        ]
+
+    scores = pair_scores(rows(0.8, 0.8), rows(0.95, 0.7))
+    assert scores.drop == pytest.approx(-0.025)
+    assert scores.by_label == {"x": pytest.approx(-0.15), "y": pytest.approx(0.1)}
+    verdict, _ = judged([case("a")], scores=scores)
+    (failed,) = verdict.failed
+    assert failed.what.endswith("of y")
+
+
+def test_new_cases_without_a_good_image_are_reviewed():
+    row = case("a", state="new", volume_px_before=None, volume_px_after=None, dice=None)
+    row |= {"num_bad_after": 6, "num_images_after": 6, "confidence_after": None}
+    (item,) = make_review(comparison([row]), [], NOTHING, most=5)
+    assert item.reasons == ("none of its 6 images is good",)

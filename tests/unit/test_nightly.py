@@ -84,8 +84,8 @@ def test_a_night_leaves_what_people_and_machines_need(place, bundles, night_here
         "images.parquet",
         "review.csv",
         "report.html",
-        "seal.json",
     }
+    assert os.listdir(Path(out) / "_seals") == [f"{0:020d}.json"]
     assert night.metadata["verdict"]["passed"]
     assert night.metadata["operator"]
     page = Path(out) / "_runs" / run_id / "report.html"
@@ -303,7 +303,12 @@ def test_any_flipped_bit_is_found(place):
         p for t in ("masks", "metrics", "cases") for p in (folder / t).rglob("*") if p.is_file()
     ]
     own = folder / "_runs" / run_id
-    files += [own / "plan.json.gz", own / "config.json", own / "seal.json", *own.glob("receipts/*")]
+    files += [
+        own / "plan.json.gz",
+        own / "config.json",
+        Path(out) / "_seals" / f"{0:020d}.json",
+        *own.glob("receipts/*"),
+    ]
     draw = random.Random(2)
     for path in files:
         for _ in range(3):
@@ -379,6 +384,19 @@ def test_the_report_can_be_made_again(place, bundles, night_here):
     assert load_examination(out, refused.summary.run_id)["base_night"] == 0
     with pytest.raises(ResultsError, match="was not examined"):
         remake_report(out, new_run_id(), 1)
+    examined = Path(out) / "_runs" / refused.summary.run_id / "examination.json"
+    whole = examined.read_text()
+    for damage in (
+        "[]",
+        "{}",
+        "null",
+        '{"review": 3}',
+        whole[:-9],
+        whole.replace("reasons", "reason"),
+    ):
+        examined.write_text(damage)
+        with pytest.raises(ResultsError, match="is damaged"):
+            remake_report(out, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -456,3 +474,108 @@ def test_cases_under_review_are_corrected_and_trained_on(place, bundles, night_h
     listed.write_text(listed.read_text().replace(names[0], "nobody"))
     with pytest.raises(ConfigError, match="none of its cases|no case 'nobody'"):
         check_request(str(place / "source"), str(tmp_path / "out"), config)
+
+
+def test_the_page_goes_where_it_is_wanted_and_its_failure_fails_no_night(
+    place, bundles, night_here, tmp_path
+):
+    page = tmp_path / "www" / "latest.html"
+    config = make_config(place, bundles["blind"], **{"report.path": str(page)})
+    refused = night_here(config)
+    assert "Refused" in page.read_text()
+    publish_refused(out_of(place), refused.summary.run_id, "it is right")
+    assert "Published by hand" in page.read_text()
+    page.unlink()
+    page.parent.rmdir()
+    page.parent.write_text("a file where the folder was")
+    with pytest.raises(ConfigError, match="is a file"):
+        night_here(config)
+    with pytest.raises(ConfigError, match="is a folder; say the name of a file"):
+        night_here(make_config(place, bundles["good"], **{"report.path": str(tmp_path)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "pipeline.flows.nightly.write_page",
+            lambda *a: (_ for _ in ()).throw(OSError(28, "full")),
+        )
+        outcome = night_here(
+            make_config(
+                place, bundles["good"], **{"gate.low_dice": 0.0, "gate.max_volume_change": -1}
+            )
+        )
+    assert outcome.summary.published
+    assert outcome.notes == ("the report could not be written: [Errno 28] full",)
+    again = night_here(make_config(place, bundles["good"]))
+    assert (again.report, again.notes) != (None, ("",))
+
+
+def test_a_labelled_set_that_cannot_judge_is_refused_before_anything_is_computed(
+    place, phantoms, bundles, night_here, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    for uri, message in (
+        (tmp_path / "empty", "holds no|nothing|no image|no file"),
+        (tmp_path / "no", "not a folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            night_here(make_config(place, bundles["shifted"], **{"labelled.uri": str(uri)}))
+    with pytest.raises(ConfigError, match="has no reference masks"):
+        night_here(make_config(place, bundles["shifted"], **{"labelled.uri": str(phantoms)}))
+    assert runs.open_runs(out_of(place)) == []
+
+
+def test_renamed_shards_are_no_lost_archive(phantoms, bundles, night_here, tmp_path, config):
+    """Cases that are in another shard by now are compared with themselves."""
+    from pipeline.formats import open_source
+    from pipeline.sharding import write_shards
+
+    chosen = config()
+    write_shards(
+        open_source(str(phantoms), chosen.source, chosen.limits), str(tmp_path / "source"), "tar"
+    )
+    plain = {f"segment.source.{key}": "" for key in FILES}
+    assert night_here(make_config(tmp_path, bundles["good"], **plain)).summary.night == 0
+    (shard,) = (tmp_path / "source").glob("*.tar")
+    shard.rename(shard.with_name("renamed.tar"))
+    outcome = night_here(make_config(tmp_path, bundles["good"], **plain))
+    assert outcome.summary.night == 1
+    assert outcome.case_states == {
+        "new": 0,
+        "removed": 0,
+        "changed": 0,
+        "recomputed": 8,
+        "unchanged": 0,
+    }
+    assert outcome.verdict.limits[1].value == 0
+
+
+def test_images_that_cannot_be_compared_do_not_count_as_alike(place, bundles, night_here):
+    from PIL import Image
+
+    for path in (place / "source").rglob("*.png"):
+        picture = Image.open(path)
+        picture.resize((72, 64), Image.Resampling.NEAREST).save(path)
+    outcome = night_here(make_config(place, bundles["good"]))
+    assert outcome.refused
+    assert any("not comparable" in limit.note for limit in outcome.verdict.failed)
+
+
+def test_vacuum_mends_what_it_keeps_track_in(place):
+    out = out_of(place)
+    for text in ("x", '{"night": null}', '{"night": 999}'):
+        Path(out, "_runs", "oldest_kept_night.json").write_text(text)
+        upkeep.collect(out, upkeep.find_waste(out, KeepConfig()))
+        assert results.oldest_kept_night(out) == 0
+
+
+def test_a_proof_needs_something_that_was_proved(place):
+    out = out_of(place)
+    shutil.rmtree(place / "source" / "phantom_0003")
+    for path in (place / "source").rglob("*.png"):
+        path.write_bytes(b"junk")
+    proof = verify_results(out, None, sample=5, checksums=False)
+    assert not proof.holds
+    assert "not one mask could be computed again" in proof.sentence
+    os.unlink(Path(out) / "_seals" / f"{0:020d}.json")
+    proof = verify_results(out, None, sample=0, checksums=True)
+    assert not proof.holds
+    assert "night 0 have no digests" in proof.sentence

@@ -71,7 +71,7 @@ def examined(names, tmp_path, monkeypatch):
     # names from a file system can hold what no table can
     rows = [{k: _storable(v) for k, v in row.items()} for row in rows]
     cases = pa.Table.from_pylist(rows, CASES_SCHEMA)
-    monkeypatch.setattr(webpage, "_read_rows", lambda *_: cases)
+    monkeypatch.setattr(webpage, "read_rows", lambda *_: cases)
     drift = [
         {
             "population": "recomputed",
