@@ -143,17 +143,17 @@ def compare_nights(
     ]
 
     def compare(shard_id: str) -> _Found:
-        sides = []
-        for night in (before, after):
-            shard = night.shards.get(shard_id) if night is not None else None
-            sides.append(
-                _Side.read(
-                    night,
-                    shard.parts if shard is not None else OldParts(),
-                    None if only is None else only[shard_id],
-                )
-            )
-        return _compare_shard(shard_id, sides[0], sides[1], group_of)
+        parts = [
+            night.shards[shard_id].parts
+            if night is not None and shard_id in night.shards
+            else OldParts()
+            for night in (before, after)
+        ]
+        wanted = None if only is None else only[shard_id]
+        old, new, num_copied = _read_sides(before, after, parts[0], parts[1], wanted)
+        found = _compare_shard(shard_id, old, new, group_of)
+        found.counts["same"] += num_copied
+        return found
 
     whole = _Found()
     whole.counts["same"] = sum(
@@ -204,8 +204,9 @@ def _compare_moved(
         moves.setdefault(move, set()).add(case_id)
     whole = _Found()
     for (old_shard, new_shard), case_ids in sorted(moves.items()):
-        old = _Side.read(before, before.shards[old_shard].parts, case_ids)
-        new = _Side.read(after, after.shards[new_shard].parts, case_ids)
+        old, new, _ = _read_sides(
+            before, after, before.shards[old_shard].parts, after.shards[new_shard].parts, case_ids
+        )
         found = _compare_shard(new_shard, old, new, group_of)
         whole.cases += found.cases
         whole.images += found.images
@@ -242,7 +243,7 @@ _MASK_COLUMNS = [
     "case_digest",
     "run_id",
 ]
-_METRIC_COLUMNS = ["image_id", "label", "label_name", "area_px", "confidence"]
+_METRIC_COLUMNS = ["image_id", "case_id", "label", "label_name", "area_px", "confidence"]
 _CASE_COLUMNS = [
     "case_id",
     "label",
@@ -266,30 +267,76 @@ class _Side:
     metrics: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     cases: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, night: Night | None, parts: OldParts, only: Set[str] | None) -> "_Side":
-        """Small columns of the shard's three parts."""
-        if night is None or parts.masks is None:
-            return cls(results="", path=None)
-        side = cls(results=night.results, path=parts.masks)
-        masks = tables.read_part(night.results, "masks", parts.masks, _MASK_COLUMNS)
-        for number, row in enumerate(masks.to_pylist()):
-            if only is None or row["case_id"] in only:
-                side.images.setdefault(row["case_id"], []).append({**row, "row": number})
-        if parts.metrics is not None:
-            metrics = tables.read_part(night.results, "metrics", parts.metrics, _METRIC_COLUMNS)
-            side.metrics = {(row["image_id"], row["label"]): row for row in metrics.to_pylist()}
-        if parts.cases is not None:
-            cases = tables.read_part(night.results, "cases", parts.cases, _CASE_COLUMNS)
-            for row in cases.to_pylist():
-                side.cases.setdefault(row["case_id"], {})[row["label"]] = row
-        return side
-
     def masks(self, rows: Sequence[int]) -> dict[int, Mask | None]:
         """Label maps by row of the part."""
         if self.path is None or not rows:
             return {}
         return tables.read_masks(self.results, self.path, rows)
+
+
+def _read_sides(
+    before: Night | None,
+    after: Night,
+    old_parts: OldParts,
+    new_parts: OldParts,
+    only: Set[str] | None,
+) -> tuple[_Side, _Side, int]:
+    """Both nights' rows of a shard, without the cases that the second took over from the first as they
+    were; and how many images those have."""
+    old, new = (_read_masks_table(n, p, only) for n, p in ((before, old_parts), (after, new_parts)))
+    copied = _copied_cases(old, new)
+    num_copied = int(pc.sum(pc.is_in(new.column("case_id"), copied)).as_py() or 0)
+    sides = [
+        _make_side(night, parts, table.filter(pc.invert(pc.is_in(table.column("case_id"), copied))))
+        for night, parts, table in ((before, old_parts, old), (after, new_parts, new))
+    ]
+    return sides[0], sides[1], num_copied
+
+
+def _read_masks_table(night: Night | None, parts: OldParts, only: Set[str] | None) -> pa.Table:
+    """The small columns of a part of `masks`, and the number of each row."""
+    if night is None or parts.masks is None:
+        table = tables.table_schema("masks").empty_table().select(_MASK_COLUMNS)
+    else:
+        table = tables.read_part(night.results, "masks", parts.masks, _MASK_COLUMNS)
+    table = table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
+    if only is None:
+        return table
+    return table.filter(pc.is_in(table.column("case_id"), pa.array(sorted(only), pa.string())))
+
+
+def _copied_cases(old: pa.Table, new: pa.Table) -> pa.Array:
+    """Ids of cases whose rows in both nights were made by the same run."""
+    made = [("run_id", "min"), ("run_id", "max"), ("run_id", "count")]
+    first, second = (table.group_by("case_id").aggregate(made) for table in (old, new))
+    joined = first.join(second, keys=first.column_names, join_type="inner")
+    return joined.column("case_id").combine_chunks()
+
+
+def _make_side(night: Night | None, parts: OldParts, masks: pa.Table) -> _Side:
+    """A side of these rows of `masks`, with the measures of their cases."""
+    if night is None or parts.masks is None:
+        return _Side(results="", path=None)
+    side = _Side(results=night.results, path=parts.masks)
+    for row in masks.to_pylist():
+        side.images.setdefault(row["case_id"], []).append(row)
+    if not side.images:
+        return side
+    case_ids = pa.array(sorted(side.images), pa.string())
+
+    def read(table: str, path: str, columns: list[str]) -> list[dict[str, Any]]:
+        rows = tables.read_part(night.results, table, path, columns)
+        kept = rows.filter(pc.is_in(rows.column("case_id"), case_ids))
+        found: list[dict[str, Any]] = kept.to_pylist()
+        return found
+
+    if parts.metrics is not None:
+        for row in read("metrics", parts.metrics, _METRIC_COLUMNS):
+            side.metrics[row["image_id"], row["label"]] = row
+    if parts.cases is not None:
+        for row in read("cases", parts.cases, _CASE_COLUMNS):
+            side.cases.setdefault(row["case_id"], {})[row["label"]] = row
+    return side
 
 
 def _compare_shard(shard_id: str, old: _Side, new: _Side, group_of: Callable[[str], str]) -> _Found:
@@ -360,19 +407,15 @@ class _Case:
 
     @property
     def state(self) -> str:
-        """new, removed, changed, recomputed, or the empty string: the rows were copied."""
+        """new, removed, changed (other input) or recomputed (the same)."""
         before, after = self.old.images.get(self.case_id), self.new.images.get(self.case_id)
         if before is None or after is None:
             return "new" if before is None else "removed"
-        if before[0]["run_id"] == after[0]["run_id"] and self.old.path is not None:
-            return ""
         return "recomputed" if before[0]["case_digest"] == after[0]["case_digest"] else "changed"
 
 
 def _compare_case(case: _Case, found: _Found) -> None:
     state = case.state
-    if not state:
-        return
     before, after = case.old.cases.get(case.case_id, {}), case.new.cases.get(case.case_id, {})
     for label in sorted({*before, *after}):
         row, now = before.get(label), after.get(label)

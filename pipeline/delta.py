@@ -38,7 +38,7 @@ class CommitFailed(ResegError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedPart:
-    """One Parquet file of a version. stats: as `results.write_part` made them."""
+    """One Parquet file of a version. stats: as `tables.write_part` made them."""
 
     path: str
     size_bytes: int

@@ -208,12 +208,12 @@ def _low_dice(config: GateConfig, comparison: Comparison) -> Limit:
     again: set[str] = set()
     columns = ["case_id", "state", "dice", "volume_px_before", "volume_px_after"]
     for row in comparison.cases.select(columns).to_pylist():
-        if row["state"] not in ("changed", "recomputed"):
-            continue
         before, after = row["volume_px_before"], row["volume_px_after"]
+        if row["state"] not in ("changed", "recomputed") or before is None:
+            continue  # new, or all bad last night: there is nothing to be like
         again.add(row["case_id"])
         dice = row["dice"]
-        if dice is None and before is not None and after is None:
+        if dice is None and after is None:
             dice = 0.0  # it had masks, and has none any more
         if dice is None and (before or after):
             continue  # of another size now: nothing says that it is like it was

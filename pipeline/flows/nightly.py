@@ -8,7 +8,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,34 +16,30 @@ import pyarrow.parquet as pq
 from pipeline import results, runs, storage, upkeep
 from pipeline.bundle import load_bundle
 from pipeline.compare import Comparison, compare_nights
-from pipeline.config import SegmentConfig, decode, output_digest
+from pipeline.config import decode
 from pipeline.correction import Exported, export_cases
 from pipeline.drift import Drift, find_drift, reference_cases
-from pipeline.errors import BundleError, CommitConflict, ConfigError, ResegError, ResultsError
-from pipeline.flows.evaluate import check_references
+from pipeline.errors import CommitConflict, ConfigError, ResegError, ResultsError
+from pipeline.flows.labelled import check_labelled, must_score, score_labelled
 from pipeline.flows.segment import (
     Staged,
     Summary,
     make_record,
     publish_staged,
-    run_segment,
     stage_run,
     summarize,
 )
-from pipeline.gate import PairedScores, Verdict, judge, pair_scores, verdict_from_plain
+from pipeline.gate import PairedScores, Verdict, judge, verdict_from_plain
 from pipeline.groups import make_group_of
 from pipeline.lock import locked
 from pipeline.planning import check_apart, new_run_id, operator
-from pipeline.policy import NightlyConfig, ReportConfig, labelled_segment_config
-from pipeline.records import sha256_hex
-from pipeline.results import Night
+from pipeline.policy import NightlyConfig, ReportConfig
 from pipeline.review import ReviewItem, make_review, review_csv
 from pipeline.telemetry import Report, RunLog, silent
 from pipeline.upkeep import Waste
 from pipeline.webpage import read_rows, write_page
 
 _EXAMINATION = "examination.json"
-_LABELLED = "_labelled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +92,7 @@ def run_nightly(
     check_apart(storage.resolve(config.source), results_uri)
     group_of = make_group_of(config.groups)
     load_bundle(config.bundle)
-    _check_labelled(config)
+    check_labelled(config)
     if config.report.path:
         _check_page(config.report.path)
     told = report or silent
@@ -114,7 +109,7 @@ def run_nightly(
         if staged.published_as is not None or staged.is_idle:
             return _nothing_to_do(staged, config, told)
         record = make_record(staged)
-        scores, why_no_scores, key = _score_labelled(config, staged, address, told)
+        scores, why_no_scores, key = score_labelled(config, staged, address, told)
         verdict, review, states = _examine(
             staged, config, record, group_of, (scores, why_no_scores), told
         )
@@ -191,7 +186,7 @@ def _examine(
         num_bad=record["counts"]["images"]["bad"],
         scores=scores,
         why_no_scores=why_no_scores,
-        must_score=_must_score(config, staged, base),
+        must_score=must_score(config, staged, base),
     )
     review = make_review(comparison, drift, reference, most=config.report.review_cases, base=base)
     summary = summarize(staged, None, record)
@@ -293,103 +288,6 @@ def _write_report(
     except (ResegError, OSError) as error:
         return None, f"the report could not be written: {error}"
     return uri, ""
-
-
-# The labelled set
-
-
-def _check_labelled(config: NightlyConfig) -> None:
-    """Say at once what would be found out only after the archive was segmented. Raises ConfigError."""
-    if config.labelled.uri:
-        check_references(config.labelled.uri, labelled_segment_config(config))
-
-
-def _must_score(config: NightlyConfig, staged: Staged, base: Night | None) -> bool:
-    """Whether a labelled set has to say something: another network or other settings than published."""
-    if base is None or not config.labelled.uri:
-        return False
-    before = (base.metadata["bundle"]["digest"], base.metadata["config_digest"])
-    return before != (staged.plan.bundle["digest"], staged.plan.config_digest)
-
-
-def _score_labelled(
-    config: NightlyConfig, staged: Staged, address: str | None, told: Report
-) -> tuple[PairedScores | None, str, str | None]:
-    """Dice of the published and of tonight's bundle on the labelled set; why not; where it lies."""
-    if not config.labelled.uri:
-        return None, "no labelled set is configured", None
-    base = results.open_night(staged.results)
-    digest = staged.plan.bundle["digest"]
-    segment = labelled_segment_config(config)
-    if base is None:
-        _segment_labelled(config, config.bundle, digest, segment, address, told)
-        why = "there is no published night to compare with"
-        return None, why, _labelled_key(config, digest, segment)
-    if not _must_score(config, staged, base):
-        why = "same network and settings as the published night"
-        return None, why, base.metadata.get("labelled")
-    scores, why = score_bundles(config, base, digest, address, told)
-    return scores, why, _labelled_key(config, digest, segment)
-
-
-def score_bundles(
-    config: NightlyConfig, base: Night, digest: str, address: str | None, told: Report
-) -> tuple[PairedScores | None, str]:
-    """Dice on the labelled set of the published bundle and of `config.bundle`; or why there is none.
-
-    digest: of config.bundle.
-    """
-    if not config.labelled.uri:
-        return None, "no labelled set is configured"
-    segment = labelled_segment_config(config)
-    after = _segment_labelled(config, config.bundle, digest, segment, address, told)
-    before = _published_scores(config, base, address, told)
-    if before is None:
-        return None, f"the published bundle {base.metadata['bundle']['uri']} is gone"
-    scores = pair_scores(before, after)
-    return scores, "" if scores else "no labelled case has a score from both bundles"
-
-
-def _labelled_key(config: NightlyConfig, bundle_digest: str, segment: SegmentConfig) -> str:
-    """One folder of results for each network, its settings, and labelled set."""
-    place = sha256_hex(storage.resolve(config.labelled.uri).encode())
-    return f"{bundle_digest[:16]}-{output_digest(segment)[:16]}-{place[:8]}"
-
-
-def _segment_labelled(
-    config: NightlyConfig,
-    bundle: str,
-    digest: str,
-    segment: SegmentConfig,
-    address: str | None,
-    told: Report,
-) -> list[dict[str, Any]]:
-    """The `cases` rows of the labelled set with one bundle; computed only where something changed."""
-    out = _labelled_folder(config, _labelled_key(config, digest, segment))
-    run_segment(config.labelled.uri, out, bundle, segment, address=address, report=told)
-    night = results.open_night(out)
-    assert night is not None
-    rows: list[dict[str, Any]] = results.read_table(night, "cases").to_pylist()
-    return rows
-
-
-def _labelled_folder(config: NightlyConfig, key: str) -> str:
-    return storage.join(storage.resolve(config.results), _LABELLED, key)
-
-
-def _published_scores(
-    config: NightlyConfig, base: Night, address: str | None, told: Report
-) -> list[dict[str, Any]] | None:
-    """Those of the published bundle: brought up to date if it is still there, else as last scored."""
-    old = decode(SegmentConfig, base.metadata["config"])
-    segment = replace(labelled_segment_config(config), inference=old.inference, limits=old.limits)
-    uri, digest = base.metadata["bundle"]["uri"], base.metadata["bundle"]["digest"]
-    with suppress(BundleError):
-        if load_bundle(uri).digest == digest:
-            return _segment_labelled(config, uri, digest, segment, address, told)
-    key = base.metadata.get("labelled") or _labelled_key(config, digest, segment)
-    night = results.open_night(_labelled_folder(config, key))
-    return None if night is None else results.read_table(night, "cases").to_pylist()
 
 
 # By hand: publishing a refused night, taking one back

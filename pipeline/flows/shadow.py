@@ -14,7 +14,7 @@ from pipeline.compare import Comparison, compare_nights
 from pipeline.config import SegmentConfig, decode
 from pipeline.drift import Drift, find_drift
 from pipeline.errors import ConfigError, ResultsError
-from pipeline.flows.nightly import score_bundles
+from pipeline.flows.labelled import score_bundles
 from pipeline.flows.segment import run_segment
 from pipeline.gate import PairedScores, Verdict, judge
 from pipeline.groups import make_group_of

@@ -97,6 +97,17 @@ def test_too_few_cases_are_not_judged_unless_they_are_half(again, in_all, judged
         assert "too few to judge" in limits["max_low_dice_share"].note
 
 
+def test_what_cannot_be_compared_is_not_alike_unless_it_was_all_bad():
+    resized = [case(f"r{i}", dice=None) for i in range(4)]
+    healed = [case(f"h{i}", dice=None, volume_px_before=None) for i in range(20)]
+    spoilt = [case("s", dice=None, volume_px_after=None)]
+    empty = [case("e", dice=None, volume_px_before=0, volume_px_after=0)]
+    _, limits = judged([*resized, *healed, *spoilt, *empty, *(case(f"c{i}") for i in range(24))])
+    low = limits["max_low_dice_share"]
+    assert (low.value, low.passed) == (5 / 30, False)
+    assert "4 of them of another size" in low.note
+
+
 def test_volumes_of_each_label():
     rows = [
         case(f"c{i}", label_name=n, volume_px_after=a)
