@@ -134,10 +134,11 @@ def _in_a_sentence(
     cases = summary["cases"]
     done = cases["new"] + cases["changed"] + cases["stale"]
     look = len(examined["review"])
+    kept = f"all {judged} limits" if judged > 1 else "the one limit that could be judged"
     to_see = f"{look:,} case{'s' * (look != 1)}" if look else "nothing"
     said = (
-        f"Night {night} is published: {summary['computed_images']:,} images of {done:,} cases "
-        f"computed, all {judged} limits kept, {to_see} to look at."
+        f"Night {night} is published: {summary['computed_images']:,} images of {done:,} "
+        f"case{'s' * (done != 1)} computed, {kept} kept, {to_see} to look at."
     )
     return "good", "Published", said, ""
 
