@@ -14,8 +14,21 @@ from pipeline.records import OldParts, sha256_hex
 from pipeline.results import Night, PublishedShard
 
 
-def make_night(folder, volumes, *, run_id, number=0, statuses=None, digest="d", shard="5" * 32):
-    """A night of one shard from label maps (ZHW, or None for a bad slice) by case id."""
+def make_night(
+    folder,
+    volumes,
+    *,
+    run_id,
+    number=0,
+    statuses=None,
+    digest="d",
+    shard="5" * 32,
+    copied=(),
+):
+    """A night of one shard from label maps (ZHW, or None for a bad slice) by case id.
+
+    copied: cases whose rows the run "one" had made.
+    """
     shard_columns = {
         "shard_id": shard,
         "shard_version": "1",
@@ -26,6 +39,7 @@ def make_night(folder, volumes, *, run_id, number=0, statuses=None, digest="d", 
     rows = {"masks": [], "metrics": [], "cases": []}
     for case_id, slices in sorted(volumes.items()):
         good = [m for m in slices if m is not None]
+        shard_columns = {**shard_columns, "run_id": "one" if case_id in copied else run_id}
         for index, mask in enumerate(slices):
             status = "bad" if mask is None else (statuses or {}).get(f"{case_id}/{index}", "ok")
             image = {
@@ -114,6 +128,34 @@ def test_equal_masks_are_never_read(tmp_path, monkeypatch):
     }
     assert [row["dice"] for row in found.cases.to_pylist()] == [1.0, 1.0]
     assert found.images.num_rows == 0
+
+
+def test_cases_that_were_taken_over_count_as_the_same_and_nothing_more(tmp_path):
+    before = {f"c{i}": blank() for i in range(4)}
+    after = {key: volume.copy() for key, volume in before.items()}
+    after["c1"][0, 1:3, 1:3] = 1
+    found = compared(tmp_path, before, after, copied=("c0", "c2", "c3"))
+    assert found.counts["same"] == 15
+    assert found.counts["changed"] == found.counts["pairs_read"] == 1
+    assert [row["case_id"] for row in found.cases.to_pylist()] == ["c1"]
+    assert found.case_states["unchanged"] == 3
+
+
+def test_cases_in_another_shard_are_compared_with_themselves(tmp_path):
+    before, after = {"a": blank(), "gone": blank()}, {"a": blank(), "new": blank()}
+    after["a"][1, 2:4, 2:4] = 1
+    found = compared(tmp_path, before, after, shard="7" * 32)
+    assert found.counts | {"same": 3} == {
+        "same": 3,
+        "changed": 1,
+        "new": 4,
+        "removed": 4,
+        "status": 0,
+        "not_comparable": 0,
+        "pairs_read": 1,
+    }
+    states = {row["case_id"]: row["state"] for row in found.cases.to_pylist()}
+    assert states == {"a": "recomputed", "gone": "removed", "new": "new"}
 
 
 def test_the_same_parts_are_not_opened(tmp_path, monkeypatch):
