@@ -6,7 +6,6 @@ not there) is for callers to check.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -20,8 +19,8 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
-from pipeline import storage
-from pipeline.errors import ResegError, ResultsError
+from pipeline import objectstore, storage
+from pipeline.errors import ResultsError
 
 METADATA_KEY = "reseg"
 
@@ -32,7 +31,7 @@ _TABLE_CONFIGURATION: dict[str, str | None] = {
 """Old nights stay readable: by default Delta forgets versions older than 30 days."""
 
 
-class CommitFailed(ResegError):
+class CommitFailed(Exception):
     """A commit did not answer as hoped; whether it landed is told only by looking again."""
 
 
@@ -107,7 +106,7 @@ class TableLog:
         try:
             options = _storage_options(self._uri)
             table = DeltaTable(self._uri, version=self.version, storage_options=options)
-        except DeltaError as error:
+        except (DeltaError, OSError) as error:
             raise ResultsError(f"the log of {self._uri} cannot be read: {error}") from None
         return pa.table(table.get_add_actions(flatten=True))
 
@@ -202,32 +201,32 @@ def commit(
         app_transactions=[Transaction(run_id, 1)],
     )
     delta_schema = Schema.from_arrow(schema)
-    options = _storage_options(uri)
-    try:
-        if base_version is None:
-            create_table_with_add_actions(
-                uri,
-                delta_schema,
-                added,
-                configuration=_TABLE_CONFIGURATION,
-                commit_properties=properties,
-                storage_options=options,
+    with storage.exclusive(uri) as locked:
+        if locked and _newest_version(uri) != base_version:
+            raise CommitFailed("another commit landed first")
+        options = _storage_options(uri)
+        try:
+            if base_version is None:
+                create_table_with_add_actions(
+                    uri,
+                    delta_schema,
+                    added,
+                    configuration=_TABLE_CONFIGURATION,
+                    commit_properties=properties,
+                    storage_options=options,
+                )
+                return
+            actions: list[AddAction | RemoveAction] = [
+                *added,
+                *(RemoveAction(path, True, now_ms) for path in removes),
+            ]
+            table = DeltaTable(uri, version=base_version, storage_options=options)
+            table.create_write_transaction(
+                actions, "append", delta_schema, commit_properties=properties
             )
-            return
-        actions: list[AddAction | RemoveAction] = [
-            *added,
-            *(RemoveAction(path, True, now_ms) for path in removes),
-        ]
-        table = DeltaTable(uri, version=base_version, storage_options=options)
-        table.create_write_transaction(
-            actions, "append", delta_schema, commit_properties=properties
-        )
-    except (CommitFailedError, DeltaError, OSError) as error:
-        raise CommitFailed(str(error)) from None
+        except (CommitFailedError, DeltaError, OSError) as error:
+            raise CommitFailed(str(error)) from None
 
 
 def _storage_options(uri: str) -> dict[str, str] | None:
-    if not storage.is_remote(uri):
-        return None
-    plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    return {"AWS_ALLOW_HTTP": "true"} if plain_http else {}
+    return objectstore.storage_options(uri) if storage.is_remote(uri) else None

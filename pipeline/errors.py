@@ -5,6 +5,7 @@ ResegError                exit
 │ ├ SourceError            2    the source cannot be listed, or holds nothing to segment
 │ ├ BundleError            2    the bundle or the weights cannot be used
 │ └ ResultsError           2    the results folder is not usable, or belongs to something else
+├ StoreFailed              1    the object store does not answer, or refuses the credentials; resumable
 ├ StageFailed              1    a worker failed more often than it may; resumable
 ├ Busy                     1    another process works in this folder; wait for it
 ├ CommitConflict           1    somebody else published first; nothing of ours is visible
@@ -107,6 +108,10 @@ class BundleError(ConfigError):
 
 class ResultsError(ConfigError):
     """The results folder cannot be used for this run, or does not hold what was asked for."""
+
+
+class StoreFailed(ResegError):
+    """The object store does not answer, or refuses the credentials; never a missing file."""
 
 
 class StageFailed(ResegError):

@@ -29,6 +29,13 @@ class Limit:
     passed: bool | None
     note: str = ""
 
+    @property
+    def failure(self) -> str:
+        """What is wrong, once it failed; what must be measured fails also where it cannot be."""
+        if self.value is None:
+            return f"{self.what} cannot be judged: {self.note}"
+        return f"{self.what} is {self.value:.3g}, allowed is {self.limit:g}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -52,10 +59,7 @@ class Verdict:
         if self.passed:
             judged = sum(limit.passed is not None for limit in self.limits)
             return f"all {judged} limits that could be judged are kept"
-        return "; ".join(
-            f"{limit.what} is {limit.value:.3g}, allowed is {limit.limit:g}"
-            for limit in self.failed
-        )
+        return "; ".join(limit.failure for limit in self.failed)
 
     def to_plain(self) -> dict[str, Any]:
         """For `--json`, the record of the commit and the report."""
@@ -305,7 +309,7 @@ def _dice_drops(
     if scores is None:
         limit = _limit("max_dice_drop", what, None, config.max_dice_drop, why_not)
         if must_score and config.max_dice_drop != _OFF:
-            limit = replace(limit, value=1.0, passed=False)
+            limit = replace(limit, passed=False)
         return [limit]
     note = (
         f"{scores.mean_before:.4f} to {scores.mean_after:.4f} over {scores.num_cases} cases, 95 % "

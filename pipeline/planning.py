@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -86,6 +87,10 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def _tell_files(progress: Progress, number: int) -> None:
+    progress(number, 0, "files listed")
+
+
 def make_plan(
     location: str,
     results_location: str,
@@ -112,7 +117,8 @@ def make_plan(
         source = replace(source, num_buckets=night.metadata["source"]["num_buckets"])
     elif only is not None:
         source = replace(source, num_buckets=only.num_buckets)
-    listing = FORMATS[source.format].list_shards(source)
+    counted = None if progress is None else partial(_tell_files, progress)
+    listing = FORMATS[source.format].list_shards(source, counted)
     source = replace(source, num_buckets=listing.num_buckets)
     if not any(shard.cases is None or shard.cases for shard in listing.shards):
         raise SourceError(_nothing_found(source, listing.ignored))

@@ -7,17 +7,24 @@ a reader through here always sees one whole night. The number of a night is the 
 """
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import delta, storage
-from pipeline.delta import AddedPart, Commit, TableLog
-from pipeline.errors import CommitConflict, ConfigError, ResultsError, VerificationError
+from pipeline.delta import AddedPart, TableLog
+from pipeline.errors import (
+    CommitConflict,
+    ConfigError,
+    ResultsError,
+    StoreFailed,
+    VerificationError,
+)
 from pipeline.records import OldParts, PartFile, Receipt
 from pipeline.runs import RunPlan, all_receipts, load_plan
 from pipeline.tables import TABLES, read_part, table_schema
@@ -39,6 +46,20 @@ class PublishedShard:
     num_bad_cases: int
     num_bad: int
     parts: OldParts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What the commit of a night recorded; costs one small file, however large the night."""
+
+    number: int
+    metadata: Mapping[str, Any]
+    published_ms: int
+
+    def version_of(self, table: str) -> int | None:
+        """The version of a table that belongs to this night."""
+        version: int | None = self.metadata["versions"][table] if table != "masks" else self.number
+        return version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +97,26 @@ def open_night(results: str, number: int | None = None) -> Night | None:
 
     Raises ResultsError for a number that does not exist, or whose parts were collected.
     """
+    record = record_of(results, number)
+    if record is None:
+        return None
+    masks = _log_of(results, record, "masks")
+    assert masks is not None
+    others = {name: _paths_by_shard(results, record, name) for name in TABLES[:-1]}
+    return Night(
+        results=results,
+        number=record.number,
+        metadata=record.metadata,
+        published_ms=record.published_ms,
+        shards={shard.shard_id: shard for shard in _published_shards(masks, others)},
+    )
+
+
+def record_of(results: str, number: int | None = None) -> Record | None:
+    """What the published night, or that of a number, recorded; None where nothing was published yet.
+
+    Raises ResultsError for a number that does not exist, or whose parts were collected.
+    """
     if number is not None:
         oldest = oldest_kept_night(results)
         if number < oldest:
@@ -90,17 +131,7 @@ def open_night(results: str, number: int | None = None) -> Night | None:
         if number is not None:
             raise ResultsError(f"{results} has no night {number}: nothing is published there")
         return None
-    commit = _meaning_of(masks)
-    assert commit.metadata is not None
-    versions = commit.metadata["versions"]
-    others = {name: _paths_by_shard(results, name, versions[name]) for name in ("metrics", "cases")}
-    return Night(
-        results=results,
-        number=masks.version,
-        metadata=commit.metadata,
-        published_ms=commit.timestamp_ms,
-        shards={shard.shard_id: shard for shard in _published_shards(masks, others)},
-    )
+    return _record(masks)
 
 
 def _published_shards(
@@ -201,17 +232,25 @@ def _open(results: str, table: str, version: int | None = None) -> TableLog | No
     return delta.open_log(storage.join(results, table), version)
 
 
-def _paths_by_shard(results: str, name: str, version: int | None) -> dict[str, str]:
+def _log_of(results: str, record: Record, table: str) -> TableLog | None:
+    """A table as a night names it; None where the night has nothing in it."""
+    version = record.version_of(table)
     if version is None:
-        return {}
-    table = _open(results, name, version)
-    if table is None:
-        raise ResultsError(f"the table {name} of {results} is gone")
-    return dict(zip(*table.columns("min.shard_id", "path"), strict=True))
+        return None
+    opened = _open(results, table, version)
+    if opened is None:
+        raise ResultsError(f"the table {table} of {results} is gone")
+    return opened
 
 
-def _meaning_of(masks: TableLog) -> Commit:
-    """The commit that says what a version means; a plain restore means the one it restored."""
+def _paths_by_shard(results: str, record: Record, table: str) -> dict[str, str]:
+    opened = _log_of(results, record, table)
+    columns = [] if opened is None else opened.columns("min.shard_id", "path")
+    return dict(zip(*columns, strict=True))
+
+
+def _record(masks: TableLog) -> Record:
+    """What a version's commit recorded; a plain restore means the version that it restored."""
     own = commit = masks.commit_of(masks.version)
     while commit.metadata is None:
         if commit.restored is None or commit.restored >= commit.version:
@@ -220,7 +259,7 @@ def _meaning_of(masks: TableLog) -> Commit:
                 "roll back to one that was"
             )
         commit = masks.commit_of(commit.restored)
-    return replace(commit, timestamp_ms=own.timestamp_ms)
+    return Record(number=masks.version, metadata=commit.metadata, published_ms=own.timestamp_ms)
 
 
 def history(results: str) -> list[dict[str, Any]]:
@@ -246,9 +285,8 @@ def history(results: str) -> list[dict[str, Any]]:
 
 def published_run(results: str) -> str | None:
     """The run that published the newest night, or rolled back to it; None before the first."""
-    masks = _open(results, "masks")
-    commit = None if masks is None else _meaning_of(masks)
-    return None if commit is None or commit.metadata is None else str(commit.metadata["run_id"])
+    record = record_of(results)
+    return None if record is None else str(record.metadata["run_id"])
 
 
 def paths_since(results: str, night: int) -> set[str]:
@@ -256,15 +294,14 @@ def paths_since(results: str, night: int) -> set[str]:
     masks = _open(results, "masks", night)
     if masks is None:
         return set()
-    metadata = _meaning_of(masks).metadata
-    assert metadata is not None
+    record = _record(masks)
     found: set[str] = set()
     for table in TABLES:
-        version = night if table == "masks" else metadata["versions"][table]
+        version = record.version_of(table)
         newest = _open(results, table)
         if newest is None:
             continue
-        oldest = None if version is None else _open(results, table, version)
+        oldest = _log_of(results, record, table)
         names = set() if oldest is None else oldest.paths()
         names |= newest.paths_added_since(-1 if version is None else version)
         found |= {f"{table}/{name}" for name in names}
@@ -334,12 +371,12 @@ def rollback(results: str, to: int, because: str, *, run_id: str, operator: str)
     """
     if not because.strip():
         raise ConfigError("a rollback goes on the record: say why, with --because")
-    base, old = open_night(results), open_night(results, to)
+    base, old = record_of(results), record_of(results, to)
     if base is None or old is None:
         raise ResultsError(f"{results} holds no published night")
     changes = {}
     for table in TABLES:
-        now, then = (_log_of(night, table) for night in (base, old))
+        now, then = (_log_of(results, record, table) for record in (base, old))
         changes[table] = _difference(now, then)
     if not any(added or removed for added, removed in changes.values()):
         raise ConfigError(f"night {base.number} already has the content of night {to}")
@@ -366,12 +403,6 @@ def _missing_parts(results: str, changes: Changes) -> str | None:
     return None
 
 
-def _log_of(night: Night, table: str) -> TableLog | None:
-    """A table as a night names it."""
-    version = night.number if table == "masks" else night.metadata["versions"][table]
-    return None if version is None else _open(night.results, table, version)
-
-
 def _difference(now: TableLog | None, wanted: TableLog | None) -> tuple[list[AddedPart], list[str]]:
     """What to add and to remove to come from one version's files to another's."""
     present = now.paths() if now is not None else set()
@@ -392,7 +423,7 @@ def _replace_night(
     if done is None:
         if latest_night_number(results) != base_night:
             raise _conflict(run_id, base_night)
-        base = open_night(results)
+        base = record_of(results)
         versions = {
             table: _commit_side(results, table, run_id, changes[table], base)
             for table in TABLES[:-1]
@@ -420,10 +451,10 @@ def _commit_side(
     table: str,
     run_id: str,
     change: tuple[Sequence[AddedPart], Sequence[str]],
-    base: Night | None,
+    base: Record | None,
 ) -> int | None:
     """Commit to `metrics` or `cases`, first taking back what no night names."""
-    named = None if base is None else base.metadata["versions"][table]
+    named = None if base is None else base.version_of(table)
     done = published_version(results, table, run_id, since=named)
     if done is not None:
         return done
@@ -437,13 +468,7 @@ def settle(results: str) -> None:
     Readers of ours pin versions and never notice; this is for readers of the newest version.
     A commit of somebody else in between wins; whoever publishes next settles again.
     """
-    masks = _open(results, "masks")
-    if masks is not None:
-        metadata = _meaning_of(masks).metadata
-        assert metadata is not None
-        if all(latest_version(results, t) == metadata["versions"][t] for t in TABLES[:-1]):
-            return
-    base = open_night(results)
+    base = record_of(results)
     for table in TABLES[:-1]:
         try:
             _settle_table(results, table, base)
@@ -451,14 +476,14 @@ def settle(results: str) -> None:
             continue
 
 
-def _settle_table(results: str, table: str, base: Night | None) -> int | None:
+def _settle_table(results: str, table: str, base: Record | None) -> int | None:
     """The newest version of a side table, once it holds what `base` names."""
     opened = _open(results, table)
     if opened is None:
         return None
-    if base is not None and opened.version == base.metadata["versions"][table]:
+    if base is not None and opened.version == base.version_of(table):
         return opened.version
-    change = _difference(opened, None if base is None else _log_of(base, table))
+    change = _difference(opened, None if base is None else _log_of(results, base, table))
     if not any(change):
         return opened.version
     run_id = f"settle-{opened.version + 1}"
@@ -476,27 +501,38 @@ def _commit(
     """One commit on top of exactly `base_version`; looks again before it believes a failure."""
     added, removed = change
     uri = storage.join(results, table)
-    failure = None
-    try:
-        delta.commit(
-            uri,
-            table_schema(table),
-            adds=added,
-            removes=removed,
-            run_id=run_id,
-            metadata={**metadata, "run_id": run_id},
-            base_version=base_version,
-        )
-    except delta.CommitFailed as error:
-        failure = error
-    landed = published_version(results, table, run_id, since=base_version)
-    if landed is not None:
-        return landed
+    for pause_s in (*_COMMIT_PAUSES_S, None):
+        failure = None
+        try:
+            delta.commit(
+                uri,
+                table_schema(table),
+                adds=added,
+                removes=removed,
+                run_id=run_id,
+                metadata={**metadata, "run_id": run_id},
+                base_version=base_version,
+            )
+        except delta.CommitFailed as error:
+            failure = error
+        landed = published_version(results, table, run_id, since=base_version)
+        if landed is not None:
+            return landed
+        if latest_version(results, table) != base_version:
+            raise CommitConflict(f"another run has committed to {uri}")
+        if pause_s is None or failure is None:
+            break
+        time.sleep(pause_s)
     if failure is None:
         raise VerificationError(f"the commit to {uri} was accepted, but is not there")
-    if latest_version(results, table) != base_version:
-        raise CommitConflict(f"another run has committed to {uri}")
-    raise VerificationError(f"the commit to {uri} failed: {failure}")
+    raise StoreFailed(
+        f"the commit to {uri} failed: {failure}; what is computed is kept, and the same command "
+        "publishes it"
+    )
+
+
+_COMMIT_PAUSES_S = (0.2, 1.0, 5.0)
+"""A store may refuse a commit that nobody else made (409, 412, a dropped connection)."""
 
 
 def _changes(

@@ -1,22 +1,30 @@
-"""Bytes at a path or an `s3://` URI: list, read, write whole, create once.
+"""Bytes at a path or a URI: list, read, write whole, create once.
 
-A local path is served by the operating system, `s3://` by obstore (the store library inside
-deltalake), configured by the AWS variables of the environment or the instance role, never by a
-configuration file. Nothing else is reachable: other schemes are refused.
+A local path is served by the operating system, `s3://`, `gs://` and `az://` by `objectstore`.
+Nothing else is reachable: other schemes are refused.
 """
 
+import fcntl
 import io
 import os
 import secrets
 import stat
+import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from hashlib import sha256
+from typing import BinaryIO, TypeVar, cast
 
+from pipeline import objectstore
 from pipeline.errors import ConfigError, SourceError
+from pipeline.objectstore import PUBLIC_VARIABLES, Changed
+
+T = TypeVar("T")
+
+__all__ = ["PUBLIC_VARIABLES", "Changed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,25 +45,27 @@ class FileInfo:
 def resolve(location: str) -> str:
     """The canonical form of a user's path or URI.
 
-    Raises ConfigError for a scheme other than `file` and `s3`, and for an S3 URI with query,
-    credentials or `..` in it.
+    Raises ConfigError for a scheme that is not served, an endpoint that must not be used, and for a
+    URI with query, credentials or `..` in it.
     """
     scheme, separator, rest = location.partition("://")
     if not separator:
         return os.path.abspath(os.path.expanduser(location))
     if scheme == "file":
         return os.path.abspath(rest)
-    if scheme != "s3":
-        raise ConfigError(f"{location!r}: the scheme {scheme!r} is not served; use a path or s3://")
+    objectstore.check_location(scheme, location)
     bucket, _, key = rest.partition("/")
-    if not bucket or "@" in bucket or any(c in rest for c in "?#") or ".." in key.split("/"):
-        raise ConfigError(f"{location!r} is not of the form s3://bucket/prefix")
-    return f"s3://{bucket}/{key.strip('/')}".rstrip("/")
+    parts = key.strip("/").split("/")
+    if not bucket or "@" in bucket or any(c in rest for c in "?#") or {"..", "."} & set(parts):
+        raise ConfigError(f"{location!r} is not of the form {scheme}://bucket/prefix")
+    if "" in parts[:-1]:
+        raise ConfigError(f"{location!r} holds an empty folder name (//)")
+    return f"{scheme}://{bucket}/{'/'.join(parts)}".rstrip("/")
 
 
 def is_remote(uri: str) -> bool:
     """Whether a resolved URI is in object storage."""
-    return uri.startswith("s3://")
+    return "://" in uri
 
 
 def join(uri: str, *parts: str) -> str:
@@ -69,7 +79,7 @@ def list_files(uri: str) -> Iterator[FileInfo]:
     Raises SourceError if the folder does not exist or cannot be read.
     """
     if is_remote(uri):
-        yield from _list_s3(uri)
+        yield from _list_remote(uri)
         return
     if os.path.isfile(uri):
         raise SourceError(f"{uri} is a file; wanted is a folder, or a .tar or .parquet file")
@@ -131,37 +141,23 @@ def _local_version(info: os.stat_result) -> str:
     return f"{info.st_size}-{info.st_mtime_ns}"
 
 
-def _list_s3(uri: str) -> Iterator[FileInfo]:
-    import obstore
-
-    bucket, prefix = _split(uri)
-    start = f"{prefix}/" if prefix else ""
+def _list_remote(uri: str) -> Iterator[FileInfo]:
     try:
-        for page in obstore.list(_store(bucket), prefix=prefix or None):
-            for item in page:
-                path = item["path"]
-                if path.startswith(start) and path != start and not path.endswith("/"):
-                    yield FileInfo(
-                        path=path[len(start) :],
-                        size=item["size"],
-                        version=item["e_tag"] or f"{item['size']}-{item['last_modified']}",
-                        modified_s=item["last_modified"].timestamp(),
-                    )
-    except Exception as error:  # noqa: BLE001  (obstore's errors share no public root)
-        raise SourceError(f"cannot list {uri}: {_brief(error)}") from None
+        for item in objectstore.list_items(uri):
+            yield _file_info(item)
+    except PermissionError:
+        raise SourceError(f"cannot list {uri}: the object store denies access") from None
+
+
+def _file_info(item: objectstore.Item) -> FileInfo:
+    return FileInfo(path=item.key, size=item.size, version=item.version, modified_s=item.modified_s)
 
 
 def file_info(uri: str) -> FileInfo | None:
     """Size and version of one file, or None where there is none."""
     if is_remote(uri):
-        import obstore
-
-        bucket, key = _split(uri)
-        try:
-            item = obstore.head(_store(bucket), key)
-        except FileNotFoundError:
-            return None
-        return FileInfo(path="", size=item["size"], version=item["e_tag"] or str(item["size"]))
+        item = objectstore.head(uri)
+        return None if item is None else _file_info(item)
     try:
         info = os.stat(uri)
     except FileNotFoundError:
@@ -176,59 +172,49 @@ def file_info(uri: str) -> FileInfo | None:
 
 
 def read(uri: str) -> bytes:
-    """The whole file. Raises FileNotFoundError, or OSError with the store's reason."""
+    """The whole file. Raises FileNotFoundError, or OSError with the reason."""
     if is_remote(uri):
-        import obstore
-
-        bucket, key = _split(uri)
-        return bytes(obstore.get(_store(bucket), key).bytes())
+        return objectstore.read(uri)
     with open(uri, "rb") as file:
         return file.read()
 
 
-def open_reader(uri: str) -> BinaryIO:
-    """A seekable reader of one file."""
+def read_version(uri: str, version: str) -> bytes:
+    """The whole file, if it is still as it was listed. Raises Changed if not, or OSError."""
     if is_remote(uri):
-        import obstore
+        try:
+            return objectstore.read(uri, version)
+        except FileNotFoundError:
+            raise Changed("gone") from None
+    info = file_info(uri)
+    if info is None or info.version != version:
+        raise Changed("gone" if info is None else "another version")
+    return read(uri)
 
-        bucket, key = _split(uri)
-        return cast(
-            BinaryIO, io.BufferedReader(_RangeReader(obstore.open_reader(_store(bucket), key)))
-        )
+
+def read_ahead(uri: str, tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What tasks that read below `uri` return, in order; in object storage many at a time."""
+    if is_remote(uri):
+        yield from objectstore.fetch_ahead(iter(tasks))
+    else:
+        yield from (task() for task in tasks)
+
+
+def open_reader(uri: str) -> BinaryIO:
+    """A seekable reader of one file, in object storage of one version of it."""
+    if is_remote(uri):
+        item = objectstore.head(uri)
+        if item is None:
+            raise FileNotFoundError(2, "no such object", uri)
+        reader = objectstore.RangeReader(uri, item.size, item.version)
+        return cast(BinaryIO, io.BufferedReader(reader, buffer_size=256 << 10))
     return open(uri, "rb")
-
-
-class _RangeReader(io.RawIOBase):
-    """obstore's reader as a standard raw stream."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._reader.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._reader.tell())
-
-    def readinto(self, buffer: Any) -> int:
-        data = bytes(self._reader.read(len(buffer)))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def write(uri: str, data: bytes) -> None:
     """Write a file whole or not at all: temporary name and rename, or one PUT."""
     if is_remote(uri):
-        import obstore
-
-        bucket, key = _split(uri)
-        obstore.put(_store(bucket), key, data)
+        objectstore.put(uri, data)
         return
     temporary = _write_temporary(uri, data)
     os.replace(temporary, uri)
@@ -236,17 +222,15 @@ def write(uri: str, data: bytes) -> None:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Write a file only if there is none; False if there is one already, which stays as it is."""
-    if is_remote(uri):
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
+    """Write a file only if there is none; False if there is one already, which stays as it is.
 
-        bucket, key = _split(uri)
-        try:
-            obstore.put(_store(bucket), key, data, mode="create")
-        except AlreadyExistsError:
-            return False
-        return True
+    In object storage an equal file counts as ours: who must be told apart writes what does it.
+    """
+    if is_remote(uri):
+        with exclusive(uri) as locked:
+            if locked and (there := objectstore.head(uri)) is not None:
+                return there.size == len(data) and objectstore.read(uri) == data
+            return objectstore.put_new(uri, data)
     temporary = _write_temporary(uri, data)
     try:
         os.link(temporary, uri)
@@ -286,11 +270,7 @@ def _sync_folder(folder: str) -> None:
 def remove(uri: str) -> None:
     """Delete one file; a file that is not there is no error."""
     if is_remote(uri):
-        import obstore
-
-        bucket, key = _split(uri)
-        with suppress(FileNotFoundError):
-            obstore.delete(_store(bucket), key)
+        objectstore.delete(uri)
         return
     with suppress(FileNotFoundError):
         os.unlink(uri)
@@ -317,7 +297,7 @@ def is_folder(uri: str) -> bool:
 def is_empty(uri: str) -> bool:
     """Whether a folder is absent or holds nothing."""
     if is_remote(uri):
-        return next(iter(_list_s3(uri)), None) is None
+        return next(iter(_list_remote(uri)), None) is None
     try:
         return not os.listdir(uri)
     except FileNotFoundError:
@@ -326,21 +306,97 @@ def is_empty(uri: str) -> bool:
         return False
 
 
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
+# What commits rest on
 
 
-@lru_cache(maxsize=32)
-def _store(bucket: str) -> Any:
-    """The bucket's client; obstore reads the AWS variables itself."""
-    from obstore.store import S3Store
+@contextmanager
+def exclusive(uri: str) -> Iterator[bool]:
+    """Hold the lock of a name in RESEG_STORE_LOCK, a folder that all machines share.
 
-    plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    return S3Store(bucket, client_options={"allow_http": True} if plain_http else None)
+    False where no lock is configured: then the store itself must refuse the second writer, which
+    `require_commits` proves. The lock goes with its process, however that ends.
+    """
+    folder = os.environ.get("RESEG_STORE_LOCK", "")
+    if not folder or not is_remote(uri):
+        yield False
+        return
+    name = sha256(uri.encode()).hexdigest()[:32]
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(os.path.join(folder, f"{name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"RESEG_STORE_LOCK={folder} cannot hold locks ({error.strerror}); it must be a folder "
+            "that all machines share and may write to"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield True
+    finally:
+        os.close(descriptor)
 
 
-def _brief(error: BaseException) -> str:
-    """The first line of a store's error; the rest may hold request headers."""
-    text = (str(error).splitlines() or [""])[0][:200]
-    return text or type(error).__name__
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a place did when it was asked. seconds: what asking took."""
+
+    put_if_absent: bool
+    read_after_write: bool
+    seconds: float
+
+
+_RACERS = 8
+
+
+def probe(uri: str) -> Probe:
+    """Try on a few small files whether of several creators exactly one wins, and whether what was
+    written is read and listed at once; leaves nothing behind.
+
+    Raises ConfigError or StoreFailed if nothing can be written there.
+    """
+    started = time.monotonic()
+    folder = join(uri, f".probe-{secrets.token_hex(8)}")
+    one, many = join(folder, "one"), join(folder, "many")
+    try:
+        once = create(one, b"first") and not create(one, b"other") and read(one) == b"first"
+        write(one, b"second")
+        seen = read(one) == b"second" and [item.path for item in list_files(folder)] == ["one"]
+        with ThreadPoolExecutor(_RACERS) as pool:
+            texts = [b"racer %d" % number for number in range(_RACERS)]
+            won = list(pool.map(lambda text: create(many, text), texts))
+        alone = sum(won) == 1 and read(many) == texts[won.index(True)]
+    except OSError as error:
+        raise ConfigError(f"{uri} cannot be written to: {error.strerror or error}") from None
+    finally:
+        for name in (one, many):
+            with suppress(OSError):
+                remove(name)
+        if not is_remote(uri):
+            with suppress(OSError):
+                os.rmdir(folder)
+    return Probe(
+        put_if_absent=once and alone,
+        read_after_write=seen,
+        seconds=time.monotonic() - started,
+    )
+
+
+def require_commits(uri: str) -> None:
+    """Refuse a place in object storage where two commits could both seem to succeed.
+
+    Raises ConfigError.
+    """
+    if not is_remote(uri):
+        return
+    found = probe(uri)
+    if not found.put_if_absent:
+        raise ConfigError(
+            f"the object store of {uri} lets a second writer replace a file that must be created "
+            "once (it does not keep If-None-Match), so two runs could overwrite each other's night; "
+            "set RESEG_STORE_LOCK to a folder that all machines share, or use another store"
+        )
+    if not found.read_after_write:
+        raise ConfigError(
+            f"the object store of {uri} does not show at once what was written, so a night could be "
+            "published with parts missing; use another store"
+        )

@@ -35,20 +35,27 @@ class Progress:
         self._width = 0
 
     def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
-        """Show `done` of `total`, and what is being done."""
+        """Show `done` of `total`, and what is being done. total 0: nobody knows."""
         now = time.monotonic()
-        if self._quiet or (now - self._written < 0.1 and done < total):
+        if self._quiet or (now - self._written < 0.1 and (done < total or not total)):
             return
         self._written = now
-        share = done / total if total else 1.0
-        bar = "#" * int(24 * share)
-        left = ""
-        if 0 < share < 1 and now - self._started > 3:
-            left = f", {_duration((now - self._started) * (1 - share) / share)} left"
-        line = f"{what} [{bar:<24}] {done:,}/{total:,}{f', {note}' if note else ''}{left}"
+        line = self._line(done, total, what, now - self._started)
+        line += f", {note}" if note else ""
         self._stream.write(f"\r{line:<{self._width}}")
         self._width = len(line)
         self._stream.flush()
+
+    @staticmethod
+    def _line(done: int, total: int, what: str, seconds: float) -> str:
+        if not total:  # nobody knows how many there will be
+            return f"{done:,} {what}"
+        share = done / total
+        bar = "#" * int(24 * share)
+        left = ""
+        if 0 < share < 1 and seconds > 3:
+            left = f", {_duration(seconds * (1 - share) / share)} left"
+        return f"{what} [{bar:<24}] {done:,}/{total:,}{left}"
 
     def close(self) -> None:
         """End the line."""

@@ -13,7 +13,7 @@ from pipeline import delta, results, runs, storage
 from pipeline.errors import ResultsError
 from pipeline.policy import KeepConfig
 from pipeline.records import sha256_hex
-from pipeline.results import Night
+from pipeline.results import Night, Record
 from pipeline.tables import TABLES, part_prefix
 
 Progress = Callable[[int, int, str], None]
@@ -31,7 +31,7 @@ def _silent(done: int, total: int, what: str) -> None:
 # Seals: the log and the manifests have no checksums of their own
 
 
-def seal_night(results_uri: str, night: Night, previous: Night | None) -> None:
+def seal_night(results_uri: str, night: Record, previous: Record | None) -> None:
     """Store the digests of the files that say what a night is: log entries, plan, receipts.
 
     Parts need none: they carry theirs in their names. Done once; a seal is never written again.
@@ -48,19 +48,13 @@ def seal_night(results_uri: str, night: Night, previous: Night | None) -> None:
     )
 
 
-def _log_entries(night: Night, previous: Night | None) -> Iterator[str]:
+def _log_entries(night: Record, previous: Record | None) -> Iterator[str]:
     """The log entries of all tables since the previous night."""
     for table in TABLES:
-        now, then = _version_of(night, table), _version_of(previous, table)
+        now = night.version_of(table)
+        then = None if previous is None else previous.version_of(table)
         for version in range(-1 if then is None else then, -1 if now is None else now):
             yield f"{table}/_delta_log/{version + 1:020d}.json"
-
-
-def _version_of(night: Night | None, table: str) -> int | None:
-    if night is None:
-        return None
-    version = night.number if table == "masks" else night.metadata["versions"][table]
-    return None if version is None else int(version)
 
 
 def _manifests(results_uri: str, run_id: str) -> Iterator[str]:
@@ -81,19 +75,19 @@ def seal_all(results_uri: str) -> None:
     for number in reversed(kept_nights(results_uri)):
         if storage.file_info(_seal_uri(results_uri, number)) is not None:
             break
-        night = results.open_night(results_uri, number)
+        night = results.record_of(results_uri, number)
         assert night is not None
-        seal_night(results_uri, night, _before(night))
+        seal_night(results_uri, night, _before(results_uri, night))
 
 
 def _seal_uri(results_uri: str, number: int) -> str:
     return storage.join(results_uri, _SEALS, f"{number:020d}.json")
 
 
-def _before(night: Night) -> Night | None:
+def _before(results_uri: str, night: Record) -> Record | None:
     """The night before, if it can still be opened."""
     try:
-        return results.open_night(night.results, night.number - 1) if night.number else None
+        return results.record_of(results_uri, night.number - 1) if night.number else None
     except ResultsError:
         return None
 

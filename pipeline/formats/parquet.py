@@ -5,7 +5,7 @@ null where there is none), `spacing_mm`, `image_sha256`, `mask_sha256`. A plain 
 an image: `key` (or `case_id`), `image` and, if there are references, `mask`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -45,9 +45,9 @@ CASE_SCHEMA = pa.schema(
 _KEY_COLUMNS = ("key", "case_id")
 
 
-def list_shards(source: Source) -> Listing:
+def list_shards(source: Source, counted: Callable[[int], None] | None = None) -> Listing:
     """Each Parquet file is a shard."""
-    return list_archives(source, _SUFFIXES, "parquet")
+    return list_archives(source, counted, _SUFFIXES, "parquet")
 
 
 def _open(source: Source, path: str) -> pq.ParquetFile:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from pipeline import storage
 from pipeline.config import LimitsConfig, SourceConfig
@@ -58,12 +58,29 @@ class Format:
     """
 
     suffixes: tuple[str, ...]
-    list_shards: Callable[[Source], Listing]
+    list_shards: "ListShards"
     list_cases: Callable[[Source, Shard], list[CaseRef]]
     read_cases: Callable[[Source, str, Sequence[CaseRef]], Iterator[EncodedCase]]
 
 
+class ListShards(Protocol):
+    """How a format lists its source; `counted` is told how many files were seen so far."""
+
+    def __call__(self, source: Source, counted: Callable[[int], None] | None = None) -> Listing:
+        """All shards. Raises SourceError."""
+
+
 FORMATS = Registry[Format]("source format")
+
+
+def list_source(
+    source: Source, counted: Callable[[int], None] | None = None
+) -> Iterator[storage.FileInfo]:
+    """All files below a source, told of by the thousand: of an archive in a store there are millions."""
+    for number, info in enumerate(storage.list_files(source.uri), start=1):
+        if counted is not None and number % 1000 == 0:
+            counted(number)
+        yield info
 
 
 def broken_shard(path: str, error_class: ErrorClass, message: str) -> CaseRef:
@@ -73,6 +90,16 @@ def broken_shard(path: str, error_class: ErrorClass, message: str) -> CaseRef:
     return CaseRef(
         case_id=path, slices=(SliceRef(name=ARCHIVE_SLICE, image=locator, problem=problem),)
     )
+
+
+def wanted_files(source: Source, case: CaseRef) -> Iterator[Locator]:
+    """What `read_case` will fetch, in its order."""
+    for ref in case.slices:
+        if is_usable(ref.problem):
+            if ref.mask is not None and source.config.references != "ignore":
+                yield ref.mask
+            if ref.image is not None:
+                yield ref.image
 
 
 def read_case(
@@ -175,10 +202,9 @@ def read_file(source: Source, locator: Locator) -> bytes | Problem:
         message = f"{locator.size} bytes are over the limit of {source.limits.max_file_bytes}"
         return Problem(error_class=ErrorClass.IMAGE_TOO_LARGE, message=message)
     try:
-        info = storage.file_info(uri)
-        if info is None or info.version != locator.version:
-            return _changed("gone" if info is None else "another version")
-        data = storage.read(uri)
+        data = storage.read_version(uri, locator.version)
+    except storage.Changed as error:
+        return _changed(str(error))
     except OSError as error:
         message = f"reading failed: {error.strerror or type(error).__name__}"
         return Problem(error_class=ErrorClass.UNREADABLE_FILE, message=message)

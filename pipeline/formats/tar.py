@@ -13,7 +13,7 @@ import gzip
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
@@ -34,6 +34,7 @@ from pipeline.formats.source import (
     Source,
     broken_shard,
     checked_spacing,
+    list_source,
     read_archive,
     read_case,
     unique_cases,
@@ -60,18 +61,23 @@ _IMAGE_WORD = re.compile(r"(\.(image|img))$", re.IGNORECASE)
 _BLOCK = 512
 
 
-def list_shards(source: Source) -> Listing:
+def list_shards(source: Source, counted: Callable[[int], None] | None = None) -> Listing:
     """Each archive of the folder is a shard; a source that is one archive is one shard."""
-    return list_archives(source, _SUFFIXES, "tar")
+    return list_archives(source, counted, _SUFFIXES, "tar")
 
 
-def list_archives(source: Source, suffixes: tuple[str, ...], format_name: str) -> Listing:
+def list_archives(
+    source: Source,
+    counted: Callable[[int], None] | None,
+    suffixes: tuple[str, ...],
+    format_name: str,
+) -> Listing:
     """One shard for each file with one of the suffixes; the rest of the folder is ignored."""
     if source.uri.lower().endswith(suffixes):
         info = storage.file_info(source.uri)
         infos = [] if info is None else [info]
     else:
-        infos = list(storage.list_files(source.uri))
+        infos = list(list_source(source, counted))
     ours: list[storage.FileInfo] = []
     ignored: list[str] = []
     for item in infos:

@@ -244,7 +244,12 @@ def test_no_scores_fail_where_there_must_be_some():
         why_no_scores="no labelled case has a score from both bundles",
         must_score=True,
     )
-    assert [limit.name for limit in verdict.failed] == ["max_dice_drop"]
+    (failed,) = verdict.failed
+    assert (failed.name, failed.value) == ("max_dice_drop", None)
+    assert verdict.sentence == (
+        "the drop of the mean Dice on the labelled set cannot be judged: "
+        "no labelled case has a score from both bundles"
+    )
 
 
 def test_one_label_cannot_hide_behind_another():

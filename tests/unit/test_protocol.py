@@ -172,7 +172,7 @@ class World:
 
     # the source
 
-    def list_shards(self, source):
+    def list_shards(self, source, counted=None):
         process = self.here.process
         process.snapshot = {s: dict(c) for s, c in self.source.items()}
         shards = []
@@ -429,7 +429,7 @@ def simulated():
     FORMATS.register("simulated")(
         Format(
             suffixes=(".simulated",),
-            list_shards=lambda source: place.world.list_shards(source),
+            list_shards=lambda source, counted: place.world.list_shards(source),
             list_cases=lambda source, shard: list(shard.cases),
             read_cases=lambda source, path, cases: iter(
                 SimpleNamespace(case_id=case.case_id, digest=lambda case=case: f"{case}")
@@ -449,6 +449,7 @@ def simulated():
         "load_bundle",
         lambda name: SimpleNamespace(uri=name, name=name, digest=name, labels=("x",)),
     )
+    patch.setattr(results, "_COMMIT_PAUSES_S", (0.0, 0.0))
     patch.setattr(segment, "build_model", lambda bundle: None)
     patch.setattr(segment, "connect", lambda *_: InOrder())
     patch.setattr(segment, "plan_pool", lambda *_: None)

