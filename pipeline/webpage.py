@@ -22,9 +22,9 @@ from PIL import Image
 
 from pipeline import charts, results, runs, storage, tables
 from pipeline.errors import ResegError, ResultsError
+from pipeline.gate import Limit
 from pipeline.lookup import Pixels, read_pixels
 from pipeline.report import draw_overlay
-from pipeline.gate import Limit
 from pipeline.results import Night
 
 _MOST_CASES = 300
