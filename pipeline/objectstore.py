@@ -187,7 +187,7 @@ def storage_options(uri: str) -> dict[str, str]:
     if endpoint and scheme == "s3":
         options["AWS_ENDPOINT_URL"] = endpoint
     if endpoint.startswith("http://"):
-        options["AWS_ALLOW_HTTP"] = "true"
+        options["AWS_ALLOW_HTTP" if scheme == "s3" else "allow_http"] = "true"
     return options
 
 

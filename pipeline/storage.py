@@ -19,7 +19,7 @@ from hashlib import sha256
 from typing import BinaryIO, TypeVar, cast
 
 from pipeline import objectstore
-from pipeline.errors import ConfigError, SourceError
+from pipeline.errors import ConfigError, ResegError, SourceError
 from pipeline.objectstore import PUBLIC_VARIABLES, Changed
 
 T = TypeVar("T")
@@ -369,7 +369,7 @@ def probe(uri: str) -> Probe:
         raise ConfigError(f"{uri} cannot be written to: {error.strerror or error}") from None
     finally:
         for name in (one, many):
-            with suppress(OSError):
+            with suppress(OSError, ResegError):  # what went wrong before is what matters
                 remove(name)
         if not is_remote(uri):
             with suppress(OSError):
