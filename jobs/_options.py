@@ -36,7 +36,7 @@ json_option = click.option(
     help="Print one JSON object to standard output, nothing else.",
 )
 address_option = click.option(
-    "--address", help="Address of a Ray cluster; without it a local one is started."
+    "--address", help="Address of a Ray cluster; default: RAY_ADDRESS, else a local one is started."
 )
 run_id_option = click.option("--run-id", help="Name of the run; a run of that name is resumed.")
 limit_option = click.option("--limit", type=click.IntRange(1), help="Stop after so many cases.")
@@ -102,10 +102,19 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
+def _check_version() -> None:
+    """In a submitted job: refuse to be another version than the one that sent it."""
+    if "RESEG_VERSION" in os.environ:
+        from pipeline.flows.submission import check_version
+
+        check_version()
+
+
 def run(command: click.Command) -> None:
     """Run a command as a program: errors of ours become a sentence and their exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_version()
         command.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -10,6 +10,7 @@ from jobs._options import EPILOG, run
 
 COMMANDS: dict[str, str] = {
     "demo": "Segment phantoms with the bundled network: the whole product in a minute.",
+    "doctor": "What is wrong with this machine or cluster, and what to do about it.",
     "inspect": "What is in a source: cases, images, masks, and what is wrong with its listing.",
     "shard": "Write a source as Parquet or tar shards of cases.",
     "plan": "What a run would compute: new, changed, stale, removed, unchanged.",
@@ -29,6 +30,8 @@ COMMANDS: dict[str, str] = {
     "explain": "All lineage of one mask, from the results alone.",
     "verify": "Prove masks by computing them again, and files by their checksums.",
     "vacuum": "Collect what no kept night needs.",
+    "submit": "Run one of these commands as a job of a Ray cluster.",
+    "jobs": "Jobs on a cluster: list them, read their logs, stop them.",
     "show": "Picture of an image with the outlines of its mask and reference.",
 }
 

@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import Busy
+from pipeline.errors import Busy, ResegError
 
 LOCK_FILE = "lock.json"
 _STALE_S = 180.0
@@ -43,19 +43,24 @@ def take_lock(folder: str, doing: str = "training") -> None:
 
 
 def show_life(folder: str) -> None:
-    """Renew the lock, so that other hosts see that its process lives."""
-    storage.write(storage.join(folder, LOCK_FILE), _lock_text())
+    """Renew the lock, so that other hosts see that its process lives.
+
+    Where that fails it is left for the next time: an outage is no reason to stop what is locked.
+    """
+    with suppress(OSError, ResegError):
+        storage.write(storage.join(folder, LOCK_FILE), _lock_text())
 
 
 def release_lock(folder: str) -> None:
-    """Let others work in the folder, unless another has taken it over."""
+    """Let others work in the folder, unless another has taken it over.
+
+    Where that fails the lock becomes stale by itself.
+    """
     uri = storage.join(folder, LOCK_FILE)
-    try:
+    with suppress(OSError, ValueError, ResegError):
         mine = json.loads(storage.read(uri))
-    except (OSError, ValueError):
-        return
-    if (mine.get("host"), mine.get("pid")) == (socket.gethostname(), os.getpid()):
-        storage.remove(uri)
+        if (mine.get("host"), mine.get("pid")) == (socket.gethostname(), os.getpid()):
+            storage.remove(uri)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """What a run tells while it runs: a line of progress for people, JSON lines for machines.
 
-Log records hold run, shard and stage, counts and seconds; never a case id, a file name of a
-patient, or the text of a decoder's exception.
+Log records hold run, shard, the number of a case in it, counts and seconds; never a case id, a file
+name of a patient, or the text of a decoder's exception.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,16 @@ def silent(done: int, total: int, what: str, note: str = "") -> None:
 
 
 class Progress:
-    """One line on a terminal, rewritten at most ten times a second; silent elsewhere."""
+    """One line on a terminal, rewritten at most ten times a second.
+
+    Elsewhere silent, or a line of its own every RESEG_PROGRESS_S seconds, as in a job's log.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
-        self._quiet = quiet or not self._stream.isatty()
+        self._on_terminal = self._stream.isatty()
+        self._every_s = 0.1 if self._on_terminal else _seconds_between_lines()
+        self._quiet = quiet or not self._every_s
         self._started = time.monotonic()
         self._written = 0.0
         self._width = 0
@@ -37,13 +43,16 @@ class Progress:
     def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
         """Show `done` of `total`, and what is being done. total 0: nobody knows."""
         now = time.monotonic()
-        if self._quiet or (now - self._written < 0.1 and (done < total or not total)):
+        if self._quiet or (now - self._written < self._every_s and (done < total or not total)):
             return
         self._written = now
         line = self._line(done, total, what, now - self._started)
         line += f", {note}" if note else ""
-        self._stream.write(f"\r{line:<{self._width}}")
-        self._width = len(line)
+        if self._on_terminal:
+            self._stream.write(f"\r{line:<{self._width}}")
+            self._width = len(line)
+        else:
+            self._stream.write(f"{line}\n")
         self._stream.flush()
 
     @staticmethod
@@ -65,6 +74,14 @@ class Progress:
             self._width = 0
 
 
+def _seconds_between_lines() -> float:
+    """What RESEG_PROGRESS_S says; 0, for no lines at all, where it is no number."""
+    try:
+        return max(0.0, float(os.environ.get("RESEG_PROGRESS_S", "0")))
+    except ValueError:
+        return 0.0
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -74,8 +91,10 @@ def _duration(seconds: float) -> str:
 class RunLog:
     """The structured log of one run: JSON lines, kept in its staging folder.
 
-    Fields are counts, seconds, run and shard ids. Written whole at the end of the run, however it
-    ends, since object storage cannot append; a shard is one line.
+    Fields are counts, seconds, run and shard ids; a case is its `case_index` in its shard, which
+    finds it in `masks` and names nobody. Written whole at the end of the run, however it ends, since
+    object storage cannot append; with RESEG_LOG=json each line also goes to standard error at once,
+    for whoever collects the logs of a cluster.
     """
 
     def __init__(self, uri: str) -> None:
@@ -84,9 +103,10 @@ class RunLog:
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Add one record."""
-        self._lines.append(
-            json.dumps({"event": event, "time": round(time.time(), 3), **fields}, sort_keys=True)
-        )
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        self._lines.append(json.dumps(record, sort_keys=True))
+        if os.environ.get("RESEG_LOG") == "json":
+            print(self._lines[-1], file=sys.stderr, flush=True)  # noqa: T201
 
     def save(self) -> None:
         """Write what was told, after what an earlier attempt told."""

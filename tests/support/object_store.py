@@ -123,3 +123,15 @@ class ObjectStore:
             allow_bucket_creation=True,
         ).create_dir(name)
         return f"s3://{name}"
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Make what lies below a URI equal to a folder."""
+    from pipeline import storage
+
+    wanted = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    for name, path in wanted.items():
+        storage.write(storage.join(uri, name), path.read_bytes())
+    for info in list(storage.list_files(uri)):
+        if info.path not in wanted:
+            storage.remove(storage.join(uri, info.path))

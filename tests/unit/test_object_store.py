@@ -7,9 +7,9 @@ import threading
 import time
 
 import pytest
-from object_store import SIGNATURE
+from object_store import SIGNATURE, upload
 
-from pipeline import delta, objectstore, results, storage
+from pipeline import delta, lock, objectstore, results, runs, storage
 from pipeline.errors import CommitConflict, ConfigError, StoreFailed
 from pipeline.formats import FORMATS, open_source
 from pipeline.records import CaseRef
@@ -324,3 +324,60 @@ def test_schemes_can_be_narrowed(monkeypatch):
     monkeypatch.setenv("RESEG_SCHEMES", "s3")
     with pytest.raises(ConfigError, match="'gs' is not served; use a path or s3://"):
         storage.resolve("gs://bucket/x")
+
+
+def test_a_store_that_is_killed_twice_in_a_run_costs_only_time(
+    object_store,
+    bucket,
+    own_phantoms,
+    tmp_path,
+    demo_bundle,
+    config,
+    segment_here,
+    read_digests,
+    monkeypatch,
+):
+    """SIGKILL after a receipt was acknowledged, and up again a second later."""
+    upload(own_phantoms, f"{bucket}/images")
+    real, filed = runs.put_receipt, []
+    restarts: list[threading.Thread] = []
+
+    def killing(*arguments):
+        receipt = real(*arguments)
+        filed.append(receipt.shard_id)
+        if len(filed) in (2, 5):
+            object_store.kill()
+            restarts.append(threading.Timer(1.0, object_store.start))
+            restarts[-1].start()
+        return receipt
+
+    monkeypatch.setattr(runs, "put_receipt", killing)
+    summary = segment_here(f"{bucket}/images", f"{bucket}/r", demo_bundle, config())
+    for restart in restarts:
+        restart.join()
+    assert len(restarts) == 2
+    assert (summary.night, summary.computed_images) == (0, 48)
+    segment_here(str(own_phantoms), str(tmp_path / "r"), demo_bundle, config())
+    assert read_digests(f"{bucket}/r") == read_digests(tmp_path / "r")
+    assert (
+        segment_here(f"{bucket}/images", f"{bucket}/r", demo_bundle, config()).computed_images == 0
+    )
+
+
+def test_a_lock_outlives_an_outage_of_its_store(proxy, bucket, impatient, monkeypatch, capfd):
+    """The thread that renews it goes on; and letting it go does not hide what went wrong."""
+    monkeypatch.setattr(lock, "_RENEW_S", 0.2)
+    folder = f"{bucket}/_runs"
+    with pytest.raises(StoreFailed, match="what really went wrong"), lock.locked(folder, "testing"):
+        first = storage.read(f"{folder}/{lock.LOCK_FILE}")
+        outage = proxy.give(refuse=503, code="SlowDown", times=10_000)
+        while outage.seen < 8:
+            time.sleep(0.1)
+        outage.times = 0
+        deadline = time.monotonic() + 20
+        while storage.read(f"{folder}/{lock.LOCK_FILE}") == first:
+            assert time.monotonic() < deadline, "it is not renewed any more"
+            time.sleep(0.1)
+        proxy.give(refuse=503, code="SlowDown", times=10_000)
+        raise StoreFailed("what really went wrong")
+    assert "Traceback" not in capfd.readouterr().err

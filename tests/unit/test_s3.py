@@ -3,18 +3,12 @@
 from pathlib import Path
 
 import pytest
-from object_store import KEY, SECRET
+from object_store import KEY, SECRET, upload
 
 from pipeline import results, storage
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import open_source
 from pipeline.sharding import write_shards
-
-
-def upload(folder: Path, uri: str) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            storage.write(storage.join(uri, str(path.relative_to(folder))), path.read_bytes())
 
 
 def test_a_file_is_created_once_and_read_by_ranges(bucket):
