@@ -52,7 +52,8 @@ from pipeline.cases import DecodedCase, PredictedCase, SliceRecord, finish_case
 from pipeline.config import SegmentConfig
 from pipeline.diffing import diff_nights
 from pipeline.flows.nightly import roll_back, run_nightly
-from pipeline.flows.segment import Job, Staged, make_record, publish_staged, write_shard
+from pipeline.flows.segment import Staged, make_record, publish_staged
+from pipeline.flows.stages import Job, write_shard
 from pipeline.formats import FORMATS, Source
 from pipeline.planning import make_plan
 from pipeline.policy import GroupsConfig, NightlyConfig
@@ -239,6 +240,8 @@ def write_parts(archive: Archive, night: int) -> None:
         bundle_digest=bundle.digest,
         config=config,
         config_digest=plan.config_digest,
+        recipe=bundle.recipe,
+        labels=bundle.labels,
     )
     with ProcessPoolExecutor(mp_context=SPAWN, initializer=never_wait_for_disk) as pool:
         list(pool.map(partial(write_work, job, bundle.labels), plan.works, chunksize=16))

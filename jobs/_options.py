@@ -56,12 +56,19 @@ because_option = click.option(
 )
 
 
-def check_out_file(out: str, *, force: bool) -> None:
-    """Refuse to overwrite a file unasked, and a place where none can be. Raises ConfigError."""
-    if Path(out).exists() and not force:
-        raise ConfigError(f"{out} exists; --force overwrites it")
-    if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+def check_out_file(out: str, *, force: bool) -> str:
+    """Where a file that a command writes goes, as a path or URI.
+
+    Refuses to overwrite one unasked, and a place where none can be. Raises ConfigError.
+    """
+    from pipeline import storage
+
+    uri = storage.resolve(out)
+    if not storage.is_remote(uri) and (Path(uri).is_dir() or not Path(uri).parent.is_dir()):
         raise ConfigError(f"{out} is not a file in a folder that exists")
+    if not force and storage.file_info(uri) is not None:
+        raise ConfigError(f"{out} exists; --force overwrites it")
+    return uri
 
 
 def source_options(command: F) -> F:

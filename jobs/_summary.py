@@ -1,5 +1,6 @@
 """What a run says at its end, for a tired person at 6 a.m."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,17 @@ def print_summary(summary: Summary, results: str) -> None:
     if summary.bad_by_class:
         click.echo("bad: " + ", ".join(f"{n:,} {name}" for name, n in summary.bad_by_class.items()))
     if summary.stage_seconds:
-        spent = ", ".join(f"{name} {value:.1f} s" for name, value in summary.stage_seconds.items())
-        click.echo(f"stages (seconds of all workers): {spent}")
+        click.echo("stages, in seconds of all workers: " + ", ".join(_stages(summary)))
+    if summary.advice:
+        click.echo(summary.advice)
     for note in summary.notes:
         click.echo(f"note: {note}")
+
+
+def _stages(summary: Summary) -> Iterator[str]:
+    for stage, seconds in summary.stage_seconds.items():
+        size = summary.stage_bytes.get(stage)
+        yield f"{stage} {seconds:.1f} s" + (f" ({size / 1e9:.3g} GB)" if size else "")
 
 
 def print_training(result: dict[str, Any]) -> None:

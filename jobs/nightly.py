@@ -14,11 +14,13 @@ from jobs._options import (
     run_id_option,
     set_option,
 )
+from jobs._placement import placement_options, placement_values
 
 
 @click.command("nightly", epilog=EPILOG)
 @config_option
 @set_option
+@placement_options
 @run_id_option
 @address_option
 @json_option
@@ -37,7 +39,8 @@ def command(as_json: bool, **options: Any) -> None:
     from pipeline.policy import NightlyConfig
     from pipeline.telemetry import Progress
 
-    config = load_config(NightlyConfig, options["config_path"], options["assignments"])
+    values = placement_values(options, "segment.resources")
+    config = load_config(NightlyConfig, options["config_path"], options["assignments"], values)
     progress = Progress(quiet=as_json)
     try:
         outcome = run_nightly(

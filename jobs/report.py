@@ -13,19 +13,18 @@ from jobs._options import EPILOG, run
 @click.option("--pictures", default=12, show_default=True, type=click.IntRange(0, 200))
 def command(results: str, run_id: str | None, out: str, force: bool, pictures: int) -> None:
     """Write the report of a nightly run of RESULTS again, as one HTML file that needs no network."""
-    from pathlib import Path
-
     from jobs._options import check_out_file
+    from pipeline import storage
     from pipeline.flows.nightly import remake_report
     from pipeline.telemetry import Progress
 
-    check_out_file(out, force=force)
+    place = check_out_file(out, force=force)
     progress = Progress()
     try:
         page = remake_report(results, run_id, pictures, progress)
     finally:
         progress.close()
-    Path(out).write_bytes(page)
+    storage.write(place, page)
     click.echo(f"wrote {out}")
 
 

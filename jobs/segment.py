@@ -19,6 +19,7 @@ from jobs._options import (
     source_options,
     source_values,
 )
+from jobs._placement import placement_options, placement_values
 
 
 @click.command("segment", epilog=EPILOG)
@@ -32,6 +33,7 @@ from jobs._options import (
 @click.option("--actors", type=click.IntRange(1), help="Processes that hold the network.")
 @click.option("--batch-size", type=click.IntRange(1), help="Slices handed over at once.")
 @device_option
+@placement_options
 @run_id_option
 @limit_option
 @address_option
@@ -47,7 +49,8 @@ def command(source: str, results: str, bundle: str, as_json: bool, **options: An
     from pipeline.flows.segment import run_segment
     from pipeline.telemetry import Progress
 
-    values = source_values(options) | {
+    values = source_values(options) | placement_values(options, "resources")
+    values |= {
         "max_bad_share": options["max_bad_share"],
         "resources.actors": options["actors"],
         "resources.device": options["device"],

@@ -16,11 +16,16 @@ def command(results: str, image_id: str, out: str, force: bool, night: int | Non
 
     Reads the image from the source again, and refuses if it has changed since.
     """
+    from io import BytesIO
+
     from jobs._options import check_out_file
+    from pipeline import storage
     from pipeline.lookup import require_night, show_image
 
-    check_out_file(out, force=force)
-    show_image(require_night(results, night), image_id).save(out, "PNG")
+    place = check_out_file(out, force=force)
+    picture = BytesIO()
+    show_image(require_night(results, night), image_id).save(picture, "PNG")
+    storage.write(place, picture.getvalue())
     click.echo(f"wrote {out}")
 
 

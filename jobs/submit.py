@@ -1,5 +1,6 @@
 """reseg submit"""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 @click.argument("name", metavar="COMMAND")
 @click.argument("arguments", metavar="ARGS", nargs=-1, type=click.UNPROCESSED)
 @cluster_option
-@click.option("--gpus", "num_gpus", type=click.IntRange(1), help="Use no more GPUs than this.")
+@click.option(
+    "--gpus",
+    "num_gpus",
+    type=click.IntRange(1),
+    help="Use no more GPUs than this; in a manifest 1.",
+)
 @click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
 @click.option(
     "--allow-unauthenticated", "allow_open", is_flag=True, help="Even where no token is asked for."
@@ -40,6 +46,8 @@ def command(name: str, arguments: tuple[str, ...], **options: Any) -> None:
 
     check_command(name)
     given, parameters = parse(name, arguments)
+    if options["manifest"] and {"max_gpus", "workers"} & parameters:
+        options["num_gpus"] = options["num_gpus"] or 1
     limits = {"parameters": parameters, "num_gpus": options["num_gpus"]}
     submission = make_submission(name, given, inline=bool(options["manifest"]), **limits)
     if options["manifest"]:
@@ -63,6 +71,7 @@ def command(name: str, arguments: tuple[str, ...], **options: Any) -> None:
 
 
 def _manifest(submission: "Submission", options: dict[str, Any]) -> str:
+    from pipeline.flows.submission import job_environment
     from pipeline.kubernetes import render
 
     if not options["image"]:
@@ -73,6 +82,7 @@ def _manifest(submission: "Submission", options: dict[str, Any]) -> str:
         image=options["image"],
         num_gpus=options["num_gpus"] or 0,
         schedule=options["schedule"],
+        environment=job_environment(os.environ),
     )
 
 

@@ -114,6 +114,12 @@ class ResourceConfig:
     actors: int = 0
     """Processes that hold the network; 0: one a GPU, or one a CPU core where there are none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_gpus: int = 0
+    """At most so many GPUs of a cluster; 0: all of them."""
+    nodes_like: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the nodes that may hold the network, as accelerator-type = "A10G"."""
+    wait_for_nodes_s: float = 900.0
+    """How long an autoscaling cluster may take until its first node for the network is up."""
     decoders: int = 1
     """Sandboxed decoder processes beside each actor."""
     read_tasks_cpus: float = 0.25
@@ -121,12 +127,22 @@ class ResourceConfig:
     object_store_bytes: int = 0
     stall_timeout_s: float = 1800.0
     max_retries: int = 3
+    straggler_factor: float = 5.0
+    """The last shards are computed again elsewhere after so many times the median shard; 0: never."""
+    straggler_floor_s: float = 120.0
+    """... but never before so many seconds in which no shard was done."""
 
     def __post_init__(self) -> None:
-        if self.actors < 0 or self.decoders < 1:
-            raise ConfigError("resources.actors cannot be negative, resources.decoders is >= 1")
+        if self.actors < 0 or self.max_gpus < 0 or self.decoders < 1:
+            raise ConfigError(
+                "resources.actors and resources.max_gpus cannot be negative, resources.decoders is >= 1"
+            )
         if self.stall_timeout_s <= 0:
             raise ConfigError("resources.stall_timeout_s must be above 0")
+        if min(self.wait_for_nodes_s, self.straggler_factor, self.straggler_floor_s) < 0:
+            raise ConfigError(
+                "resources.wait_for_nodes_s, straggler_factor and straggler_floor_s cannot be negative"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

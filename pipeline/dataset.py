@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.cases import DecodedCase, decode_case, mark_unusable
 from pipeline.config import LimitsConfig, SamplingConfig, SplitConfig
 from pipeline.errors import BadImage, ConfigError, ErrorClass
@@ -163,6 +164,7 @@ def index_cases(
 ) -> pa.Table:
     """Decode some cases of one shard of a source: a row of INDEX_SCHEMA for each, good or bad."""
     rows = []
+    storage.expect(job.source.uri)
     with open_sandbox(job.source.limits) as sandbox:
         for ref in cases:
             ready = read_ready(job, shard_path, ref, sandbox, number=number)

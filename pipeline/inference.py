@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
@@ -77,6 +78,8 @@ class Predictor:
         self.device = torch.device(choose_device(device))
         self.forward_batch = config.forward_batch or _FORWARD_BATCH.get(self.device.type, 16)
         self.notes: list[str] = []
+        self.preprocess_s = 0.0
+        """Seconds of all recipes so far; on a GPU those that the host took to ask for them."""
         _make_deterministic(config.threads or 1)
         architecture = MODELS[bundle.architecture]
         self._options: Any = decode(architecture.options, bundle.options, bundle.architecture)
@@ -107,10 +110,14 @@ class Predictor:
         self, volumes_ZHWC: Iterable[npt.NDArray[Any]]
     ) -> Iterator["PreparedCase | BadImage"]:
         for volume_ZHWC in volumes_ZHWC:
+            started = time.monotonic()
+            prepared: PreparedCase | BadImage
             try:
-                yield self.prepare(volume_ZHWC)
+                prepared = self.prepare(volume_ZHWC)
             except BadImage as error:
-                yield error
+                prepared = error
+            self.preprocess_s += time.monotonic() - started
+            yield prepared
 
     def decide_each(
         self, cases: Iterable["PreparedCase | BadImage"], decide: "Callable[[PreparedCase], T]"

@@ -83,6 +83,7 @@ def render(
     time_zone: str = "Etc/UTC",
     namespace: str | None = None,
     shape: ClusterShape | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> str:
     """The YAML of one run, or with a schedule of one run every time that comes round.
 
@@ -90,12 +91,15 @@ def render(
     the id of the run, None: reseg chooses one. With a schedule each night is a run of its own, so
     the id is left out, and the same command has the same name. image: holds Ray and this version of reseg. num_gpus: the
     most GPUs at a time, one a pod; 0: actors run on the readers. ray_version: of the image, None:
-    the one installed here. schedule: five cron fields. Raises ConfigError.
+    the one installed here. schedule: five cron fields. environment: variables of the job, none of them
+    secret. Raises ConfigError.
     """
     _check(argv, image, num_gpus)
     shape = shape or ClusterShape()
     entrypoint = _entrypoint(argv, run_id if schedule is None else None)
     spec = _job_spec(entrypoint, image, num_gpus, ray_version or version("ray"), shape)
+    if environment:
+        spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": dict(environment)})
     if schedule is None:
         kind, name = "RayJob", _dns_name(run_id or argv[0], _MAX_JOB_NAME)
     else:

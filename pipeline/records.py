@@ -229,7 +229,12 @@ class PartFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What a writer returns for a shard, and the only thing that reaches the driver."""
+    """What a writer returns for a shard, and the only thing that reaches the driver.
+
+    seconds, num_bytes: what its stages took and moved; see `balance`. bad_by_class: of all images
+    that the shard's part holds. bad_images: the first of them as (case_index, slice_index, error
+    class), which name nobody and find the row in `masks`.
+    """
 
     shard_id: str
     work_key: str
@@ -243,6 +248,9 @@ class Receipt:
     metrics: PartFile | None
     cases: PartFile | None
     seconds: dict[str, float] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    bad_by_class: dict[str, int] = field(default_factory=dict)
+    bad_images: list[tuple[int, int, str]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:

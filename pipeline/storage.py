@@ -73,6 +73,16 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") or "/", *(part for part in parts if part)])
 
 
+def expect(*uris: str) -> None:
+    """Be patient with the stores of these places from the first question on.
+
+    For workers: whoever sent them has reached the store, so it is not a wrong address.
+    """
+    for uri in uris:
+        if is_remote(uri):
+            objectstore.expect(uri)
+
+
 def list_files(uri: str) -> Iterator[FileInfo]:
     """All files below a folder, in no promised order.
 

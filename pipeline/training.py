@@ -116,6 +116,7 @@ def run_worker(
     is doing. Raises NonFiniteLoss, TooManyBadImages and ConfigError on all workers alike.
     """
     keep_freed_memory()
+    storage.expect(job.out, job.source.uri)
     _be_deterministic()
     worker = _Worker(job, ranks or Ranks(), torch.device(choose_device(device)), tell)
     with closing(worker):

@@ -6,34 +6,40 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pipeline import storage
 from pipeline.config import ResourceConfig
 from pipeline.errors import ConfigError, StageFailed
+from pipeline.flows.placement import (
+    Node,
+    Pool,
+    described,
+    hosts,
+    labels_of,
+    lay_out,
+    seats,
+    wants_gpus,
+)
+from pipeline.telemetry import Report, silent
 
+_POLL_S = 1.0
 _CONNECT_HINT = "is a Ray cluster running there, and is its token in RAY_AUTH_TOKEN_PATH?"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The actors of a run, with the CPUs and GPUs of each."""
-
-    num_actors: int
-    cpus_per_actor: float
-    gpus_per_actor: float
 
 
 @contextmanager
 def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) -> Iterator[None]:
     """A Ray session for the duration of a run: the caller's, a cluster's, or one of our own.
 
-    A session that exists already is used and left as it is. Without an address a local one is
-    started, with a CPU more than the machine has or than are wanted, because reading and writing
-    wait more than they compute. Raises ConfigError if the cluster cannot be reached.
+    A session that exists already is used and left as it is. Without an address it is that of
+    RAY_ADDRESS, which Ray sets for a submitted job; without both a local session is started, with a
+    CPU more than the machine has or than are wanted, because reading and writing wait more than
+    they compute. Raises ConfigError if the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -44,6 +50,7 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
         _be_quiet()
         yield
         return
+    address = address or _address_of_environment()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
@@ -51,7 +58,12 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
                 _start_local(wanted_cpus, object_store_bytes)
             else:
                 _check_reachable(address)
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env=_environment_of_workers(),
+                )
     except Exception as error:  # noqa: BLE001  (a slow start is a bare Exception of Ray's)
         brief = (str(error).splitlines() or [""])[0]
         if address is None:
@@ -70,6 +82,30 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
             yield
         finally:
             ray.shutdown()
+
+
+def _environment_of_workers() -> dict[str, Any]:
+    """Where stores are, for workers that another machine started; no key, as Ray writes it to logs.
+
+    A submitted job has brought its own.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+        return {}
+    names = (*storage.PUBLIC_VARIABLES, "RESEG_LOG")
+    return {"env_vars": {name: os.environ[name] for name in names if os.environ.get(name)}}
+
+
+def _address_of_environment() -> str | None:
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address is not None and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, the URL of a dashboard, which only takes jobs: `reseg submit` "
+            "sends one there; to compute from here set it to the head's address, as HEAD:6379, or "
+            "unset it"
+        )
+    return None if address == "local" else address
 
 
 def _check_reachable(address: str) -> None:
@@ -134,38 +170,95 @@ def _be_quiet() -> None:
     context.print_on_execution_start = False
 
 
-def plan_pool(resources: ResourceConfig, threads: int, num_works: int) -> Pool:
-    """How many actors, with what. Raises ConfigError where the readers would find no CPU.
+def plan_pool(
+    resources: ResourceConfig, threads: int, num_works: int, report: Report = silent
+) -> Pool:
+    """How many actors, with what, on which nodes; see `placement.lay_out`.
 
-    One actor a GPU where there are GPUs; else one a CPU core, each with `threads` threads.
+    A cluster with no node for the network yet is asked for one, which its autoscaler answers.
+    Raises ConfigError where the readers would find no CPU, StageFailed if no node comes.
     """
+    grows = may_grow()
+    nodes = live_nodes()
+    gpus = 1.0 if wants_gpus(nodes, resources) else 0.0
+    if not gpus:
+        check_cpu_is_meant(resources.device)
+    if grows and not seats(hosts(nodes, resources), max(1.0, threads), gpus):
+        place = {"CPU": max(1.0, threads)} | ({"GPU": gpus} if gpus else {})
+        reader = {"CPU": max(resources.read_tasks_cpus, resources.finish_tasks_cpus)}
+        what = f"{'a GPU' if gpus else 'a CPU'}{described(resources)}"
+        wait_for_places(
+            [place, reader], what, resources.wait_for_nodes_s, report, labels_of(resources)
+        )
+        nodes = live_nodes()
+    return lay_out(nodes, resources, threads, num_works, grows=grows)
+
+
+def check_cpu_is_meant(device: str) -> None:
+    """To be called where no GPU is up. Raises ConfigError if some might come and nobody said."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    if device == "auto" and may_grow() and is_autoscaler_v2(fetch_from_server=True):
+        raise ConfigError(
+            "no GPU is up, and the cluster starts nodes on demand: --device cuda asks for a GPU (and "
+            "--max-gpus for more, when segmenting), --device cpu does without"
+        )
+
+
+def live_nodes() -> list[Node]:
+    """The nodes of the cluster that are up."""
     import ray
 
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    on_gpu = gpus >= 1 and resources.device != "cpu"
-    if resources.device == "cuda" and not on_gpu:
-        raise ConfigError("resources.device is cuda, but the cluster has no GPU")
-    per_actor = float(max(1, threads))
-    tasks = resources.read_tasks_cpus + resources.finish_tasks_cpus
-    if on_gpu:
-        actors = resources.actors or int(gpus)
-        if actors > gpus:
-            raise ConfigError(f"{actors} actors need {actors} GPUs, the cluster has {gpus:g}")
-    else:
-        actors = resources.actors or max(1, int((cpus - tasks) // per_actor))
-    if resources.actors == 0:
-        actors = max(1, min(actors, num_works))
-    if actors * per_actor + tasks > cpus:
-        raise ConfigError(
-            f"{actors} actors of {per_actor:g} CPUs would leave {cpus - actors * per_actor:g} of the "
-            f"cluster's {cpus:g} CPUs for reading and writing, which need {tasks:g}: the run would "
-            "hang; set resources.actors lower"
+    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        Node(
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            labels=node.get("Labels") or {},
         )
-    return Pool(
-        num_actors=actors,
-        cpus_per_actor=per_actor,
-        gpus_per_actor=1.0 if on_gpu else 0.0,
+        for node in known
+        if node["Alive"]
+    ]
+
+
+def may_grow() -> bool:
+    """Whether nodes may join: never where this very process started its own little cluster."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    return node is None or not node.is_head()
+
+
+def wait_for_places(
+    places: Sequence[Mapping[str, float]],
+    what: str,
+    limit_s: float,
+    report: Report = silent,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Ask the cluster for room for all of `places` at once, and wait until it is there.
+
+    A placement group is what every autoscaler understands, and it is gone with the driver; a
+    request through `request_resources` would outlive it. labels: of the nodes of all places but the
+    last. Raises StageFailed.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    selectors = [dict(labels or {})] * (len(places) - 1) + [{}]
+    group = placement_group([dict(place) for place in places], bundle_label_selector=selectors)
+    ready = group.ready()
+    started = time.monotonic()
+    try:
+        while (waited := time.monotonic() - started) < limit_s:
+            report(0, 1, f"waiting for {what}", f"{waited:.0f} s")
+            if ray.wait([ready], timeout=_POLL_S)[0]:
+                return
+    finally:
+        remove_placement_group(group)
+    raise StageFailed(
+        f"there was no room for {what} in {limit_s:g} s: has the cluster such a node type, and the "
+        "account quota for it? resources.wait_for_nodes_s waits longer, --device cpu does without"
     )
 
 

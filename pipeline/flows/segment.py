@@ -1,80 +1,33 @@
-"""Segment: plan -> read -> decode and predict -> finish and write -> verify -> publish.
+"""Segment: plan -> compute -> verify -> publish, as the driver does it.
 
-Three Ray Data operators over rows that are whole shards. The readers (CPU tasks) hand over
-encoded bytes; a fixed pool of actors decodes them in sandboxed children beside the device, so
-pixels never travel between Ray's processes, and predicts; finishers (CPU tasks) write one part a
-shard and return a receipt. Only receipts reach the driver, which alone commits.
+What is computed goes through `stream`, by the workers of `stages`. Only receipts come back; the driver
+alone commits.
 """
 
-import json
-import re
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from threading import local
-from typing import Any, cast
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from pipeline import results, runs, storage, tables, upkeep
+from pipeline import results, runs, storage, upkeep
+from pipeline.balance import Balance, Workers, measure
 from pipeline.bundle import Bundle, build_model, load_bundle
-from pipeline.cases import (
-    CaseRows,
-    DecodedCase,
-    decode_case,
-    finish_case,
-    pack_predicted,
-    unpack_predicted,
-)
 from pipeline.config import SegmentConfig, output_digest
-from pipeline.errors import (
-    RETRIED_ERRORS,
-    ConfigError,
-    ErrorClass,
-    ResegError,
-    ResultsError,
-    RunStalled,
-    StageFailed,
-    TooManyBadImages,
-)
-from pipeline.flows.cluster import Pool, connect, num_cores, plan_pool, quiet_deprecations
-from pipeline.formats import FORMATS, Source
+from pipeline.errors import ConfigError, ResegError, ResultsError, TooManyBadImages
+from pipeline.flows.cluster import connect, num_cores, plan_pool
+from pipeline.flows.monitor import Monitor
+from pipeline.flows.placement import Pool
+from pipeline.flows.stages import Job
+from pipeline.flows.stream import stream_receipts
+from pipeline.formats import Source
 from pipeline.planning import Selection, check_run_id, make_plan, operator
 from pipeline.records import (
-    STATUS_OK,
-    EncodedCase,
-    EncodedSlice,
-    Problem,
     Receipt,
-    Work,
-    receipt_from_json,
-    work_from_json,
 )
 from pipeline.runs import RunPlan
-from pipeline.sandbox import Sandbox
 from pipeline.telemetry import Report, RunLog, silent
-
-_STAGE_NAMES = {"_read_stage": "read", "_PredictStage": "predict", "_finish_stage": "finish"}
-_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*): .+)$", re.MULTILINE)
-_MAX_BYTES_IN_ROW = 512 << 20
-_LOOKAHEAD = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What every worker of a run knows; small, and the same for all."""
-
-    run_id: str
-    results: str
-    source: Source
-    bundle_uri: str
-    bundle_digest: str
-    config: SegmentConfig
-    config_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +43,9 @@ class Summary:
     bad_by_class: Mapping[str, int]
     seconds: float
     stage_seconds: Mapping[str, float]
+    stage_bytes: Mapping[str, int]
+    busy_share: float | None
+    advice: str
     notes: Sequence[str] = ()
 
     def to_plain(self) -> dict[str, Any]:
@@ -104,6 +60,7 @@ class Staged:
     """A run that is computed, and of which nothing is visible yet; or what was found done already.
 
     published_as: the night of a run that was published before. With nothing to do, `is_idle`.
+    list_s: what planning took. workers: who computed, None if nobody had to.
     """
 
     plan: RunPlan
@@ -113,6 +70,8 @@ class Staged:
     published_as: int | None
     started: float
     log: RunLog
+    list_s: float = 0.0
+    workers: Workers | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -190,6 +149,7 @@ def stage_run(
     plan, resumed = _find_or_make_plan(
         location, results_uri, bundle, config, run_id, limit, only, report
     )
+    list_s = time.monotonic() - started
     log = RunLog(runs.run_uri(results_uri, plan.run_id, "log.jsonl"))
     done = None
     if plan.base_night is not None or resumed:
@@ -202,6 +162,7 @@ def stage_run(
         published_as=done,
         started=started,
         log=log,
+        list_s=list_s,
     )
     if done is not None or staged.is_idle:
         _close_published(results_uri)
@@ -209,26 +170,41 @@ def stage_run(
             results.settle(results_uri)
         return staged
     build_model(bundle)
+    storage.require_commits(results_uri)
     log("start", run=plan.run_id, resumed=resumed, shards=len(plan.works), counts=plan.counts)
-    receipts = runs.load_receipts(results_uri, plan) if resumed else {}
     try:
-        if len(receipts) < len(plan.works):
-            threads = max(1, config.inference.threads)
-            wanted_cpus = (config.resources.actors or num_cores()) * threads
-            with connect(address, wanted_cpus, config.resources.object_store_bytes):
-                pool = plan_pool(config.resources, config.inference.threads, len(plan.works))
-                receipts = _start_run(plan, results_uri, resumed=resumed)
-                _compute(plan, receipts, results_uri, bundle, config, pool, report, log)
-        elif not resumed:
-            _start_run(plan, results_uri, resumed=resumed)
+        receipts, workers = _complete(staged, bundle, config, address, report)
         runs.verify_receipts(results_uri, plan, receipts)
     except BaseException as error:
         log("stopped", run=plan.run_id, reason=type(error).__name__)
+        with suppress(ResegError, OSError):  # what stopped the run matters more than its log
+            if runs.has_plan(results_uri, plan.run_id):
+                log.save()
         raise
-    finally:
-        if runs.has_plan(results_uri, plan.run_id):
-            log.save()
-    return replace(staged, receipts=receipts)
+    log.save()
+    return replace(staged, receipts=receipts, workers=workers)
+
+
+def _complete(
+    staged: Staged, bundle: Bundle, config: SegmentConfig, address: str | None, report: Report
+) -> tuple[dict[str, Receipt], Workers | None]:
+    """Compute the shards that have no receipt; all receipts, and who computed if anybody had to."""
+    plan, results_uri, resumed = staged.plan, staged.results, staged.resumed
+    receipts = runs.load_receipts(results_uri, plan) if resumed else {}
+    if len(receipts) == len(plan.works):
+        return receipts if resumed else _start_run(plan, results_uri, resumed=False), None
+    threads = max(1, config.inference.threads)
+    wanted_cpus = (config.resources.actors or num_cores()) * threads
+    with connect(address, wanted_cpus, config.resources.object_store_bytes):
+        pool = plan_pool(config.resources, threads, len(plan.works), report)
+        receipts = _start_run(plan, results_uri, resumed=resumed)
+        _compute(plan, receipts, results_uri, bundle, config, pool, report, staged.log)
+    workers = Workers(
+        num_actors=pool.num_actors,
+        decoders=config.resources.decoders,
+        have_gpus=pool.gpus_per_actor > 0,
+    )
+    return receipts, workers
 
 
 def make_record(staged: Staged) -> dict[str, Any]:
@@ -246,7 +222,7 @@ def make_record(staged: Staged) -> dict[str, Any]:
         "totals": {"cases": totals.num_cases, "images": totals.num_images},
         "code": dict(plan.code),
         "operator": operator(),
-        "bad_by_class": bad_by_class(staged.results, staged.ordered),
+        "bad_by_class": bad_by_class(staged.ordered),
         "computed_images": sum(receipt.num_computed for receipt in staged.ordered),
     }
 
@@ -374,11 +350,15 @@ def _compute(
         bundle_digest=bundle.digest,
         config=config,
         config_digest=plan.config_digest,
+        recipe=bundle.recipe,
+        labels=bundle.labels,
     )
     log("compute", run=plan.run_id, shards=len(todo), **asdict(pool))
     started, images = time.monotonic(), 0
-    for receipt in _stream_receipts(todo, job, pool) if todo else ():
+    monitor = Monitor(plan.run_id, pool.num_actors, len(todo))
+    for receipt in stream_receipts(todo, job, pool) if todo else ():
         receipts[receipt.shard_id] = receipt
+        monitor.count(receipt)
         images += receipt.num_computed
         rate = images / max(time.monotonic() - started, 1e-9)
         report(len(receipts), len(plan.works), "shards", f"{rate:,.1f} images/s")
@@ -388,94 +368,18 @@ def _compute(
             shard=receipt.shard_id,
             images=receipt.num_images,
             bad=receipt.num_bad,
-            **receipt.seconds,
+            seconds=receipt.seconds,
+            bytes=receipt.num_bytes,
         )
-
-
-def _stream_receipts(todo: Sequence[Work], job: Job, pool: Pool) -> Iterator[Receipt]:
-    """Run the three operators; yield each shard's receipt as it comes."""
-    import ray.data
-    from ray.data.exceptions import ExecutionTimeoutError
-    from ray.exceptions import RayError
-
-    context = ray.data.DataContext.get_current()
-    context.execution_no_progress_timeout_s = job.config.resources.stall_timeout_s
-    resources = job.config.resources
-    largest_first = sorted(todo, key=lambda work: (-work.size_bytes, work.shard_id))
-    works = [{"work": work.to_json()} for work in largest_first]
-    retries = resources.max_retries
-    with quiet_deprecations():
-        dataset = (
-            ray.data.from_items(works, override_num_blocks=len(works))
-            .map_batches(
-                cast(Any, _read_stage),
-                batch_size=None,
-                batch_format="pyarrow",
-                fn_kwargs={"job": job},
-                num_cpus=resources.read_tasks_cpus,
-                max_retries=retries,
+        for case, slice_index, error_class in receipt.bad_images:
+            log(
+                "bad image",
+                run=plan.run_id,
+                shard=receipt.shard_id,
+                case=case,
+                slice=slice_index,
+                error_class=error_class,
             )
-            .map_batches(
-                _PredictStage,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_constructor_kwargs={"job": job},
-                compute=ray.data.ActorPoolStrategy(
-                    size=pool.num_actors, max_tasks_in_flight_per_actor=2
-                ),
-                num_cpus=pool.cpus_per_actor,
-                num_gpus=pool.gpus_per_actor or None,
-                max_restarts=-1,
-                max_task_retries=retries,
-            )
-            .map_batches(
-                cast(Any, _finish_stage),
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs={"job": job},
-                num_cpus=resources.finish_tasks_cpus,
-                max_retries=retries,
-            )
-        )
-    try:
-        for row in dataset.iter_rows():
-            yield receipt_from_json(row["receipt"])
-    except ExecutionTimeoutError as error:
-        raise RunStalled(_stalled(str(error), resources.stall_timeout_s)) from None
-    except RayError as error:
-        raise _cause(error, job.run_id) from None
-
-
-def _stalled(message: str, timeout_s: float) -> str:
-    """The stages that still had work, from Ray's own account."""
-    running = [line.strip("- ") for line in message.splitlines() if line.startswith("  - ")]
-    stages = [
-        f"{stage} ({line.partition(':')[2].strip()})"
-        for line in running
-        for key, stage in _STAGE_NAMES.items()
-        if key in line
-    ]
-    return (
-        f"no stage moved for {timeout_s:g} s; still running: {'; '.join(stages) or 'unknown'}; "
-        "the same command resumes the run"
-    )
-
-
-def _cause(error: BaseException, run_id: str) -> ResegError:
-    """The error of a worker as one sentence; ours pass through."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ResegError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    text = str(error)
-    stage = next((name for key, name in _STAGE_NAMES.items() if key in text), "unknown")
-    reasons = _ERROR_LINE.findall(text)
-    reason = reasons[-1] if reasons else type(error).__name__
-    return StageFailed(
-        f"the {stage} stage failed: {reason[:300]}; what is done is kept, and the same command "
-        f"resumes run {run_id}"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,15 +412,11 @@ def night_totals(results_uri: str, plan: RunPlan, receipts: Sequence[Receipt]) -
     )
 
 
-def bad_by_class(results_uri: str, receipts: Sequence[Receipt]) -> dict[str, int]:
+def bad_by_class(receipts: Iterable[Receipt]) -> dict[str, int]:
     """How many images of the written parts have each error class."""
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for receipt in receipts:
-        if receipt.num_bad and receipt.masks is not None:
-            rows = tables.read_part(results_uri, "masks", receipt.masks.path, ["error_class"])
-            for name in rows.column("error_class").to_pylist():
-                if name is not None:
-                    found[name] = found.get(name, 0) + 1
+        found.update(receipt.bad_by_class)
     return dict(sorted(found.items()))
 
 
@@ -530,10 +430,7 @@ def summarize(
     """What a run did. record: what the commit recorded or would record, where the run has one."""
     plan = staged.plan
     receipts = staged.ordered if record else []
-    stages: dict[str, float] = {}
-    for receipt in receipts:
-        for name, value in receipt.seconds.items():
-            stages[name] = round(stages.get(name, 0.0) + value, 3)
+    balance = balance_of(staged, receipts)
     idle = staged.is_idle and staged.published_as is None
     return Summary(
         run_id=plan.run_id,
@@ -544,242 +441,14 @@ def summarize(
         computed_images=sum(receipt.num_computed for receipt in receipts),
         bad_by_class=record["bad_by_class"] if record else {},
         seconds=round(time.monotonic() - staged.started, 3),
-        stage_seconds=stages,
+        stage_seconds=balance.seconds if receipts else {},
+        stage_bytes=balance.num_bytes if receipts else {},
+        busy_share=balance.busy_share,
+        advice=balance.advice,
         notes=tuple(dict.fromkeys(note for receipt in receipts for note in receipt.notes)),
     )
 
 
-# The workers
-
-
-def _read_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    """Shards to their encoded bytes; a shard too large for a row stays a reference."""
-    for data in batch.column("work").to_pylist():
-        work = work_from_json(data)
-        started = time.monotonic()
-        payload = None
-        if work.size_bytes <= _MAX_BYTES_IN_ROW:
-            payload = pack_encoded(_read_cases(work, job))
-        row = {
-            "work": pa.array([data], pa.binary()),
-            "payload": pa.array([payload], pa.large_binary()),
-            "read_s": pa.array([time.monotonic() - started], pa.float64()),
-        }
-        yield pa.table(row)
-
-
-def _read_cases(work: Work, job: Job) -> Iterator[EncodedCase]:
-    if not work.compute:
-        return iter(())
-    return FORMATS[work.format].read_cases(job.source, work.path, work.compute)
-
-
-class _PredictStage:
-    """An actor: decoders in children, the network on its device, one shard a call."""
-
-    def __init__(self, job: Job) -> None:
-        from pipeline.inference import Predictor, keep_freed_memory, predict_cases
-
-        keep_freed_memory()
-        bundle = load_bundle(job.bundle_uri)
-        if bundle.digest != job.bundle_digest:
-            raise ConfigError(
-                f"the bundle {job.bundle_uri} is no longer the one that the run was planned with"
-            )
-        self._job = job
-        self._predict_cases = predict_cases
-        self._num_labels = len(bundle.labels)
-        self._predictor = Predictor(bundle, job.config.inference, job.config.resources.device)
-        self._decoders = ThreadPoolExecutor(job.config.resources.decoders)
-        self._thread = local()
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for index in range(batch.num_rows):
-            work = work_from_json(batch.column("work")[index].as_py())
-            payload = batch.column("payload")[index]
-            encoded = (
-                unpack_encoded(memoryview(payload.as_buffer()))
-                if payload.is_valid
-                else _read_cases(work, self._job)
-            )
-            started = time.monotonic()
-            self._decode_s = 0.0
-            predicted = self._predict_cases(self._decoded(encoded), self._predictor)
-            packed = pack_predicted(predicted)
-            told = {
-                "read": batch.column("read_s")[index].as_py(),
-                "decode": self._decode_s,
-                "predict": time.monotonic() - started,
-                "numerics": self._predictor.numerics,
-                "notes": self._predictor.notes,
-            }
-            yield pa.table(
-                {
-                    "work": batch.column("work").slice(index, 1),
-                    "predicted": pa.array([packed], pa.large_binary()),
-                    "told": pa.array([json.dumps(told)], pa.string()),
-                }
-            )
-
-    def _decoded(self, encoded: Iterable[EncodedCase]) -> Iterator[DecodedCase]:
-        """Decode a few cases ahead of the network, in order."""
-        ahead: deque[Future[DecodedCase]] = deque()
-        depth = self._job.config.resources.decoders + _LOOKAHEAD
-        for case in encoded:
-            ahead.append(self._decoders.submit(self._decode, case))
-            if len(ahead) >= depth:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    def _decode(self, case: EncodedCase) -> DecodedCase:
-        limits = self._job.config.limits
-        if not hasattr(self._thread, "sandbox"):
-            self._thread.sandbox = Sandbox(
-                max_pixels=limits.max_pixels,
-                timeout_s=limits.decode_timeout_s,
-                memory_bytes=limits.decode_memory_bytes,
-            )
-        started = time.monotonic()
-        decoded = decode_case(case, self._thread.sandbox, self._job.config.source, self._num_labels)
-        self._decode_s += time.monotonic() - started
-        return decoded
-
-
-def _finish_stage(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    """Predicted shards to parts and receipts."""
-    bundle = load_bundle(job.bundle_uri)
-    for index in range(batch.num_rows):
-        work = work_from_json(batch.column("work")[index].as_py())
-        told = json.loads(batch.column("told")[index].as_py())
-        packed = batch.column("predicted")[index].as_buffer()
-        started = time.monotonic()
-        rows = [
-            finish_case(case, bundle.recipe, bundle.labels) for case in unpack_predicted(packed)
-        ]
-        finished = time.monotonic()
-        receipt = write_shard(work, rows, job, told)
-        seconds = {
-            **{name: round(told[name], 4) for name in ("read", "decode", "predict")},
-            "finish": round(finished - started, 4),
-            "write": round(time.monotonic() - finished, 4),
-        }
-        filed = runs.put_receipt(
-            job.results, job.run_id, _with_seconds(receipt, seconds, told["notes"])
-        )
-        yield pa.table({"receipt": pa.array([filed.to_json()], pa.binary())})
-
-
-def _with_seconds(receipt: Receipt, seconds: dict[str, float], notes: list[str]) -> Receipt:
-    return replace(receipt, seconds=seconds, notes=tuple(notes))
-
-
-def write_shard(
-    work: Work, computed: Sequence[CaseRows], job: Job, told: Mapping[str, Any]
-) -> Receipt:
-    """Write a shard's three parts: computed rows, and those copied from the published night."""
-    shard = {
-        "shard_id": work.shard_id,
-        "shard_version": work.version,
-        "bundle_digest": job.bundle_digest,
-        "config_digest": job.config_digest,
-    }
-    mine = {**shard, "run_id": job.run_id}
-    versions = {case.case_id: case.version for case in work.compute} | dict(work.copy)
-    rows_of: dict[str, list[dict[str, Any]]] = {}
-    for table in tables.TABLES:
-        rows = [{**mine, **row} for case in computed for row in getattr(case, table)]
-        rows += [{**row, **shard} for row in _copied_rows(work, table, job.results)]
-        rows.sort(key=lambda row: (row["case_id"], row.get("slice_index", 0), row.get("label", 0)))
-        rows_of[table] = rows
-    bad_cases = sorted({r["case_id"] for r in rows_of["masks"] if r["status"] != STATUS_OK})
-    case_index = {case_id: -index for index, case_id in enumerate(bad_cases, start=1)}
-    case_index |= {c: i for i, c in enumerate(sorted(versions.keys() - case_index.keys()))}
-    for row in rows_of["masks"]:
-        row["case_index"] = case_index[row["case_id"]]
-        row["case_version"] = versions[row["case_id"]]
-        row.setdefault("numerics", told["numerics"])
-    arrow = {
-        table: pa.Table.from_pylist(rows, schema=tables.table_schema(table))
-        for table, rows in rows_of.items()
-    }
-    parts = {
-        table: tables.write_part(job.results, table, rows, work.shard_id, job.run_id)
-        for table, rows in arrow.items()
-    }
-    masks = arrow["masks"]
-    return Receipt(
-        shard_id=work.shard_id,
-        work_key=work.key(job.bundle_digest, job.config_digest),
-        num_cases=len(case_index),
-        num_images=masks.num_rows,
-        num_bad_cases=len(bad_cases),
-        num_to_retry=sum(row["error_class"] in RETRIED_ERRORS for row in rows_of["masks"]),
-        num_bad=sum(status != STATUS_OK for status in masks.column("status").to_pylist()),
-        num_computed=sum(len(case.masks) for case in computed),
-        masks=parts["masks"],
-        metrics=parts["metrics"],
-        cases=parts["cases"],
-    )
-
-
-def _copied_rows(work: Work, table: str, results_uri: str) -> list[dict[str, Any]]:
-    old: str | None = getattr(work.old, table)
-    if not work.copy or old is None:
-        return []
-    wanted = {case_id for case_id, _ in work.copy}
-    rows = tables.read_part(results_uri, table, old)
-    kept = pc.is_in(rows.column("case_id"), pa.array(sorted(wanted), pa.string()))
-    copied: list[dict[str, Any]] = rows.filter(kept).to_pylist()
-    return copied
-
-
-# Encoded cases in one buffer
-
-
-def pack_encoded(cases: Iterable[EncodedCase]) -> bytes:
-    """Encoded cases as one buffer: a JSON index, then all bytes; `unpack_encoded` is the inverse."""
-    index, blobs = [], []
-    for case in cases:
-        slices = []
-        for item in case.slices:
-            problem = item.problem and [item.problem.error_class, item.problem.message]
-            sizes = [None if data is None else len(data) for data in (item.image, item.mask)]
-            digests = [item.image_sha256, item.mask_sha256]
-            slices.append([item.name, item.source_uri, *sizes, *digests, problem])
-            blobs += [data for data in (item.image, item.mask) if data is not None]
-        index.append([case.case_id, case.spacing_mm, slices])
-    header = json.dumps(index).encode()
-    return b"".join([len(header).to_bytes(8, "little"), header, *blobs])
-
-
-def unpack_encoded(view: memoryview) -> Iterator[EncodedCase]:
-    """Cases out of `pack_encoded`'s buffer, one at a time."""
-    length = int.from_bytes(view[:8], "little")
-    position = 8 + length
-
-    def take(size: int | None) -> bytes | None:
-        nonlocal position
-        if size is None:
-            return None
-        data, position = bytes(view[position : position + size]), position + size
-        return data
-
-    for case_id, spacing_mm, stored in json.loads(bytes(view[8 : 8 + length])):
-        slices = []
-        for name, uri, image, mask, image_sha256, mask_sha256, problem in stored:
-            slices.append(
-                EncodedSlice(
-                    name=name,
-                    source_uri=uri,
-                    image=take(image),
-                    mask=take(mask),
-                    image_sha256=image_sha256,
-                    mask_sha256=mask_sha256,
-                    problem=problem
-                    and Problem(error_class=ErrorClass(problem[0]), message=problem[1]),
-                )
-            )
-        yield EncodedCase(
-            case_id=case_id, slices=slices, spacing_mm=tuple(spacing_mm) if spacing_mm else None
-        )
+def balance_of(staged: Staged, receipts: Sequence[Receipt]) -> Balance:
+    """Where the time of a staged run went."""
+    return measure(receipts, staged.list_s, staged.workers, len(staged.plan.works))

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,10 +17,17 @@ from typing import Any, cast
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.config import TrainConfig, TrainResourceConfig
+from pipeline.config import ResourceConfig, TrainConfig, TrainResourceConfig
 from pipeline.dataset import IndexJob
 from pipeline.errors import ConfigError, ResegError, StageFailed
-from pipeline.flows.cluster import connect
+from pipeline.flows.cluster import (
+    check_cpu_is_meant,
+    connect,
+    live_nodes,
+    may_grow,
+    wait_for_places,
+)
+from pipeline.flows.placement import Node, seats
 from pipeline.lock import release_lock, show_life, take_lock
 from pipeline.preparation import (
     CONFIG_FILE,
@@ -87,7 +94,7 @@ def run_train(
     wanted = max(1, config.resources.workers) * (config.resources.threads or 1)
     try:
         with connect(address, wanted), _Locked(request.out) as lock:
-            crew = plan_crew(config.resources, config.batch_size)
+            crew = plan_crew(config.resources, config.batch_size, report)
             if index is None:
                 index = _index_on_ray(job.index_job, groups, report)
             counts = check_index(job, index)
@@ -109,35 +116,62 @@ def run_train(
     return {**result, "seconds": round(time.monotonic() - started, 3), "trained": True}
 
 
-def plan_crew(resources: TrainResourceConfig, batch_size: int) -> Crew:
+def plan_crew(
+    resources: TrainResourceConfig, batch_size: int, report: Report = lambda *_: None
+) -> Crew:
     """How many workers, with what. Raises ConfigError where they would leave no CPU for reading.
 
-    One worker a GPU where there are GPUs; else one, with the CPUs of its machine but one.
+    One worker a GPU where there are GPUs; else one, with the CPUs of its machine but one. A cluster
+    that may grow is asked for the GPUs that are not there yet; raises StageFailed if they do not come.
     """
-    import ray
-
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = int(have.get("CPU", 0.0)), int(have.get("GPU", 0.0))
-    use_gpu = gpus >= 1 and resources.device != "cpu"
-    if resources.device == "cuda" and not use_gpu:
+    nodes = live_nodes()
+    gpus = int(sum(node.gpus for node in nodes))
+    use_gpu = resources.device != "cpu" and (gpus >= 1 or resources.device == "cuda")
+    if not use_gpu:
+        check_cpu_is_meant(resources.device)
+    wanted = (resources.min_workers or resources.workers or 1) if use_gpu else 0
+    if wanted > gpus and may_grow():
+        places = [{"CPU": float(resources.threads or 1), "GPU": 1.0}] * wanted + [{"CPU": 1.0}]
+        limit_s = ResourceConfig().wait_for_nodes_s
+        wait_for_places(
+            places,
+            f"{wanted} workers with a GPU each",
+            limit_s,
+            lambda done, total, what, note="": report(done, total, what, note),
+        )
+        nodes = live_nodes()
+        gpus = int(sum(node.gpus for node in nodes))
+    if use_gpu and not gpus:
         raise ConfigError("resources.device is cuda, but the cluster has no GPU")
     workers = resources.workers or (gpus if use_gpu else 1)
-    if use_gpu and workers > gpus:
-        raise ConfigError(f"{workers} workers need {workers} GPUs, the cluster has {gpus}")
+    least = min(resources.min_workers or workers, workers)
+    if use_gpu and least > gpus:
+        raise ConfigError(f"{least} workers need {least} GPUs, the cluster has {gpus}")
     if workers > batch_size:  # as many as there are GPUs, where nothing was said
         raise ConfigError(f"{workers} workers cannot share a batch of {batch_size} slices")
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
-    threads = resources.threads or max(1, min(largest, (cpus - 1) // workers, _MOST_THREADS))
-    if workers * threads + 1 > cpus:
+    threads = resources.threads or _most_threads(nodes, min(workers, gpus or workers), use_gpu)
+    if not _fit(nodes, least, threads, use_gpu):
         raise ConfigError(
-            f"{workers} workers of {threads} threads leave none of the cluster's {cpus} CPUs for "
-            "reading: set resources.workers or resources.threads lower"
+            f"{least} workers of {threads} threads leave none of the cluster's "
+            f"{sum(node.cpus for node in nodes):g} CPUs for reading: set resources.workers or "
+            "resources.threads lower"
         )
-    least = resources.min_workers or workers
-    return Crew(
-        num_workers=workers, min_workers=min(least, workers), threads=threads, use_gpu=use_gpu
-    )
+    return Crew(num_workers=workers, min_workers=least, threads=threads, use_gpu=use_gpu)
+
+
+def _most_threads(nodes: Sequence[Node], workers: int, use_gpu: bool) -> int:
+    """As many as every worker can have on its node, so that none waits for a place for good."""
+    largest = max((int(node.cpus) for node in nodes), default=1)
+    for threads in range(min(largest, _MOST_THREADS), 1, -1):
+        if _fit(nodes, workers, threads, use_gpu):
+            return threads
+    return 1
+
+
+def _fit(nodes: Sequence[Node], workers: int, threads: int, use_gpu: bool) -> bool:
+    """Whether the nodes hold so many workers, and a CPU is left for reading."""
+    places = seats(nodes, threads, 1.0 if use_gpu else 0.0)
+    return places >= workers and workers * threads + 1 <= sum(node.cpus for node in nodes)
 
 
 def _index_on_ray(job: IndexJob, groups: Groups, report: Report) -> pa.Table:
@@ -192,7 +226,10 @@ class _Locked:
 
 
 class _Board:
-    """Where worker 0 says how far it is, and reads whether to stop; an actor beside the driver."""
+    """Where worker 0 says how far it is, and reads whether to stop; an actor beside the driver.
+
+    It is on the driver's node, so that a training outlives every other one.
+    """
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
@@ -212,8 +249,11 @@ class _Board:
 def _train(job: TrainJob, crew: Crew, report: Report, lock: _Locked) -> None:
     """Run the workers to their end, showing how far they are. Raises what they raised."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board: Any = cast(Any, ray.remote(num_cpus=0))(_Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    kind: Any = ray.remote(_Board)
+    board = kind.options(num_cpus=0, scheduling_strategy=here).remote()
     trainer = _make_trainer(job, crew, board)
     failure: list[BaseException] = []
 

@@ -14,8 +14,9 @@ import pytest
 from pipeline import results
 from pipeline.config import ResourceConfig
 from pipeline.errors import ConfigError, ErrorClass, RunStalled
-from pipeline.flows import segment
-from pipeline.flows.cluster import Pool, plan_pool
+from pipeline.flows import segment, stages, stream
+from pipeline.flows.cluster import plan_pool
+from pipeline.flows.placement import Pool
 from pipeline.flows.segment import run_segment
 from pipeline.formats import open_source
 from pipeline.sharding import write_shards
@@ -68,7 +69,7 @@ def test_containers_change_no_mask_and_no_measure(
 def test_shards_too_large_for_a_row_are_read_by_the_actor(
     phantoms, tmp_path, demo_bundle, config, segment_here, expected, read_digests, monkeypatch
 ):
-    monkeypatch.setattr(segment, "_MAX_BYTES_IN_ROW", 0)
+    monkeypatch.setattr(stages, "_MAX_BYTES_IN_ROW", 0)
     segment_here(str(phantoms), str(tmp_path / "r"), demo_bundle, config())
     assert read_digests(tmp_path / "r") == expected
 
@@ -155,8 +156,8 @@ def test_a_run_that_cannot_move_ends_and_names_the_stage(
     starving = Pool(num_actors=2, cpus_per_actor=4.0, gpus_per_actor=0)
     monkeypatch.setattr(segment, "plan_pool", lambda *_: starving)
     chosen = config(resources__stall_timeout_s=8.0)
-    _Stuck.__name__ = "_PredictStage"
-    monkeypatch.setattr(segment, "_PredictStage", _Stuck)
+    _Stuck.__name__ = "PredictStage"
+    monkeypatch.setattr(stream, "PredictStage", _Stuck)
     with pytest.raises(RunStalled, match="no stage moved for 8 s; still running: .*predict"):
         run_segment(str(phantoms), str(tmp_path / "r"), demo_bundle, chosen)
     assert results.latest_night_number(str(tmp_path / "r")) is None

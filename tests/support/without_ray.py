@@ -14,19 +14,20 @@ from unittest import mock
 
 import pyarrow as pa
 
-from pipeline.flows import segment
+from pipeline.flows import segment, stages
+from pipeline.flows.placement import Pool
 from pipeline.records import receipt_from_json
 
 
 def stream_receipts(todo: Any, job: Any, pool: Any) -> Iterator[Any]:
     """In place of the three Ray Data operators."""
-    actor = segment._PredictStage(job)
+    actor = stages.PredictStage(job)
     for work in todo:
         rows = pa.table({"work": pa.array([work.to_json()], pa.binary())})
         for stage in (
-            lambda batch: segment._read_stage(batch, job),
+            lambda batch: stages.read_stage(batch, job),
             actor,
-            lambda batch: segment._finish_stage(batch, job),
+            lambda batch: stages.finish_stage(batch, job),
         ):
             rows = pa.concat_tables(list(stage(rows)))
         yield receipt_from_json(rows.column("receipt")[0].as_py())
@@ -35,9 +36,9 @@ def stream_receipts(todo: Any, job: Any, pool: Any) -> Iterator[Any]:
 @contextmanager
 def without_ray() -> Iterator[None]:
     """No Ray within this context."""
-    pool = segment.Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0)
+    pool = Pool(num_actors=1, cpus_per_actor=1, gpus_per_actor=0)
     with (
-        mock.patch.object(segment, "_stream_receipts", stream_receipts),
+        mock.patch.object(segment, "stream_receipts", stream_receipts),
         mock.patch.object(segment, "connect", return_value=nullcontext()),
         mock.patch.object(segment, "plan_pool", return_value=pool),
     ):

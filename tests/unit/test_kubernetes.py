@@ -314,3 +314,17 @@ def test_wrong_requests_are_refused(argv: list[str], options: dict[str, Any], me
     defaults: dict[str, Any] = {"run_id": "r", "image": IMAGE, "num_gpus": 1}
     with pytest.raises(ConfigError, match=re.escape(message)):
         render(argv, **(defaults | options))
+
+
+def test_the_job_gets_its_variables():
+    told = yaml.safe_load(
+        render(
+            ARGV,
+            run_id="r",
+            image=IMAGE,
+            num_gpus=1,
+            environment={"AWS_ENDPOINT_URL": "https://store: 'x'"},
+        )
+    )
+    variables = yaml.safe_load(told["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert variables == {"AWS_ENDPOINT_URL": "https://store: 'x'"}

@@ -326,7 +326,9 @@ def test_schemes_can_be_narrowed(monkeypatch):
         storage.resolve("gs://bucket/x")
 
 
-def test_a_store_that_is_killed_twice_in_a_run_costs_only_time(
+@pytest.mark.parametrize("kills", [(3,), pytest.param((2, 5), marks=pytest.mark.storm)])
+def test_a_store_that_is_killed_in_a_run_costs_only_time(
+    kills,
     object_store,
     bucket,
     own_phantoms,
@@ -345,7 +347,7 @@ def test_a_store_that_is_killed_twice_in_a_run_costs_only_time(
     def killing(*arguments):
         receipt = real(*arguments)
         filed.append(receipt.shard_id)
-        if len(filed) in (2, 5):
+        if len(filed) in kills:
             object_store.kill()
             restarts.append(threading.Timer(1.0, object_store.start))
             restarts[-1].start()
@@ -355,7 +357,7 @@ def test_a_store_that_is_killed_twice_in_a_run_costs_only_time(
     summary = segment_here(f"{bucket}/images", f"{bucket}/r", demo_bundle, config())
     for restart in restarts:
         restart.join()
-    assert len(restarts) == 2
+    assert len(restarts) == len(kills)
     assert (summary.night, summary.computed_images) == (0, 48)
     segment_here(str(own_phantoms), str(tmp_path / "r"), demo_bundle, config())
     assert read_digests(f"{bucket}/r") == read_digests(tmp_path / "r")
@@ -368,7 +370,8 @@ def test_a_lock_outlives_an_outage_of_its_store(proxy, bucket, impatient, monkey
     """The thread that renews it goes on; and letting it go does not hide what went wrong."""
     monkeypatch.setattr(lock, "_RENEW_S", 0.2)
     folder = f"{bucket}/_runs"
-    with pytest.raises(StoreFailed, match="what really went wrong"), lock.locked(folder, "testing"):
+
+    def work():
         first = storage.read(f"{folder}/{lock.LOCK_FILE}")
         outage = proxy.give(refuse=503, code="SlowDown", times=10_000)
         while outage.seen < 8:
@@ -380,4 +383,10 @@ def test_a_lock_outlives_an_outage_of_its_store(proxy, bucket, impatient, monkey
             time.sleep(0.1)
         proxy.give(refuse=503, code="SlowDown", times=10_000)
         raise StoreFailed("what really went wrong")
+
+    with (
+        pytest.raises(StoreFailed, match="what really went wrong"),
+        lock.locked(folder, "testing"),
+    ):
+        work()
     assert "Traceback" not in capfd.readouterr().err

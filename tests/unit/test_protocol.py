@@ -20,7 +20,8 @@ from pipeline.cases import CaseRows
 from pipeline.config import SegmentConfig
 from pipeline.delta import AddedPart, Commit, CommitFailed
 from pipeline.errors import ResegError, ResultsError
-from pipeline.flows import segment
+from pipeline.flows import segment, stages
+from pipeline.flows.placement import Pool
 from pipeline.formats.source import FORMATS, Format, Listing, Source
 from pipeline.policy import KeepConfig
 from pipeline.records import CaseRef, Locator, Shard, SliceRef, shard_id_of
@@ -369,7 +370,7 @@ def compute(world, plan, receipts, results_uri, *_):
                     cases=[{**common, "label_name": content}],
                 )
             )
-        receipt = segment.write_shard(work, rows, job, {"numerics": ""})
+        receipt = stages.write_shard(work, rows, job, {"numerics": ""})
         receipts[work.shard_id] = runs.put_receipt(results_uri, plan.run_id, receipt)
 
 
@@ -452,7 +453,8 @@ def simulated():
     patch.setattr(results, "_COMMIT_PAUSES_S", (0.0, 0.0))
     patch.setattr(segment, "build_model", lambda bundle: None)
     patch.setattr(segment, "connect", lambda *_: InOrder())
-    patch.setattr(segment, "plan_pool", lambda *_: None)
+    pool = Pool(num_actors=1, cpus_per_actor=1.0, gpus_per_actor=0.0)
+    patch.setattr(segment, "plan_pool", lambda *_: pool)
     patch.setattr(segment, "_compute", lambda plan, *rest: compute(place.world, plan, *rest))
     patch.setattr(segment, "make_plan", lambda *a, **k: remember_plan(place.world, *a, **k))
     yield place

@@ -1,5 +1,6 @@
 """The commit protocol on a real store: what a reader sees after everything that can go wrong."""
 
+import json
 import os
 import shutil
 
@@ -54,13 +55,31 @@ def test_a_night_counts_and_reads_back(night, read_rows):
 
 
 def test_the_log_of_a_run_is_kept_with_it_and_names_no_patient(night):
-    import json
-
     text = storage.read(runs.run_uri(night.out, night.first.run_id, "log.jsonl")).decode()
     events = [json.loads(line) for line in text.splitlines()]
     assert [e["event"] for e in events][:2] == ["start", "compute"]
     assert events[-1]["event"] == "published"
     assert sum(e.get("images", 0) for e in events if e["event"] == "shard") == 48
+    assert "phantom" not in text
+
+
+def test_bad_images_are_in_the_log_by_number_and_can_be_found_by_it(night, monkeypatch, capsys):
+    monkeypatch.setenv("RESEG_LOG", "json")
+    (night.source / "phantom_0001" / "phantom_0001_2.png").write_bytes(b"no image")
+    done = night.run()
+    text = storage.read(runs.run_uri(night.out, done.run_id, "log.jsonl")).decode()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert told == text.splitlines(), "the lines are also on standard error"
+    (bad,) = [e for e in map(json.loads, told) if e["event"] == "bad image"]
+    masks = results.read_table(results.open_night(night.out), "masks").to_pylist()
+    (row,) = [r for r in masks if r["error_class"]]
+    assert (bad["shard"], bad["case"], bad["slice"], bad["error_class"]) == (
+        row["shard_id"],
+        row["case_index"],
+        row["slice_index"],
+        "NotAnImage",
+    )
+    assert row["image_id"] == "phantom_0001/2"
     assert "phantom" not in text
 
 
