@@ -52,7 +52,14 @@ def print_summary(summary: Summary, results: str) -> None:
 def _stages(summary: Summary) -> Iterator[str]:
     for stage, seconds in summary.stage_seconds.items():
         size = summary.stage_bytes.get(stage)
-        yield f"{stage} {seconds:.1f} s" + (f" ({size / 1e9:.3g} GB)" if size else "")
+        yield f"{stage} {seconds:.1f} s" + (f" ({_size(size)})" if size else "")
+
+
+def _size(num_bytes: int) -> str:
+    unit, power = next(
+        (u, p) for u, p in (("GB", 9), ("MB", 6), ("kB", 3)) if num_bytes >= 10**p or p == 3
+    )
+    return f"{num_bytes / 10**power:.3g} {unit}"
 
 
 def print_training(result: dict[str, Any]) -> None:

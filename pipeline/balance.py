@@ -14,6 +14,8 @@ from pipeline.records import Receipt
 STAGES = ("list", "read", "decode", "preprocess", "predict", "finish", "write")
 _BYTES_OF = {"read": "encoded", "decode": "pixels", "write": "written"}
 _BUSY_ENOUGH = 0.85
+_SHORTEST_S = 30.0
+"""Of an actor's time, before anything is said about it: a short run is all beginning and end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +46,6 @@ class Balance:
     busy_share: float | None
     advice: str
 
-    def rows(self) -> list[dict[str, object]]:
-        """A line a stage, for people."""
-        return [
-            {
-                "stage": stage,
-                "seconds": round(self.seconds.get(stage, 0.0), 1),
-                "GB": _gigabytes(self.num_bytes.get(stage)),
-            }
-            for stage in STAGES
-        ]
-
-
-def _gigabytes(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / 1e9
-
 
 def worked_s(receipt: Receipt) -> float:
     """What the stages of one shard took, without what its actor waited."""
@@ -83,13 +70,14 @@ def measure(
     """The balance of a run from its receipts. workers None: nothing was computed this time."""
     seconds, sizes = add_up(receipts)
     wait_s, idle_s = seconds.pop("wait", 0.0), seconds.pop("idle", 0.0)
+    seconds["list"] = list_s
     busy_s = seconds.get("preprocess", 0.0) + seconds.get("predict", 0.0)
     total_s = busy_s + wait_s + idle_s
     advice = ""
-    if workers is not None and busy_s > 0:
+    if workers is not None and total_s >= _SHORTEST_S * workers.num_actors:
         advice = advise(seconds, wait_s, idle_s, workers, num_shards)
     return Balance(
-        seconds={"list": round(list_s, 3)} | {k: round(v, 3) for k, v in seconds.items()},
+        seconds={stage: round(seconds[stage], 3) for stage in STAGES if stage in seconds},
         num_bytes={stage: sizes.get(name, 0) for stage, name in _BYTES_OF.items()},
         wait_s=round(wait_s, 3),
         idle_s=round(idle_s, 3),

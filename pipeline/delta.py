@@ -107,7 +107,9 @@ class TableLog:
             options = _storage_options(self._uri)
             table = DeltaTable(self._uri, version=self.version, storage_options=options)
         except (DeltaError, OSError) as error:
-            raise ResultsError(f"the log of {self._uri} cannot be read: {error}") from None
+            raise ResultsError(
+                f"the log of {self._uri} cannot be read: {_on_one_line(error)}"
+            ) from None
         return pa.table(table.get_add_actions(flatten=True))
 
     def _actions(self, version: int) -> Iterator[dict[str, Any]]:
@@ -225,7 +227,14 @@ def commit(
                 actions, "append", delta_schema, commit_properties=properties
             )
         except (CommitFailedError, DeltaError, OSError) as error:
-            raise CommitFailed(str(error)) from None
+            raise CommitFailed(_on_one_line(error)) from None
+
+
+def _on_one_line(error: BaseException) -> str:
+    """The library's chain of causes, which it draws as a coloured tree."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip().removeprefix("↳").strip() for line in plain.splitlines()]
+    return ": ".join(line for line in lines if line)[:500]
 
 
 def _storage_options(uri: str) -> dict[str, str] | None:

@@ -40,12 +40,15 @@ def test_stages_are_added_up_over_shards():
         "predict": 6.0,
     }
     assert found.busy_share == pytest.approx(0.8)
-    assert [row["stage"] for row in found.rows()] == list(STAGES)
-    assert {row["stage"]: row["GB"] for row in found.rows() if row["GB"] is not None} == {
-        "read": 4.0,
-        "decode": 10.0,
-        "write": 1.0,
+    assert list(found.seconds) == [stage for stage in STAGES if stage in found.seconds]
+    assert found.num_bytes == {
+        "read": 4_000_000_000,
+        "decode": 10_000_000_000,
+        "write": 1_000_000_000,
     }
+    assert found.advice == "", "too short a run to say anything"
+    longer = measure([receipt(one, sizes)] * 100, 7.0, GPUS, 100)
+    assert longer.advice.startswith("decode-bound")
 
 
 def test_a_run_that_computed_nothing_gives_no_advice():

@@ -214,6 +214,14 @@ def test_a_commit_lands_once_whatever_its_answer(proxy, bucket, monkeypatch, fau
         commit(2, 0)
 
 
+def test_a_commit_that_never_lands_is_told_on_one_line(proxy, bucket, impatient, monkeypatch):
+    monkeypatch.setattr(results, "_COMMIT_PAUSES_S", (0.1,))
+    proxy.give(method="PUT", path="_delta_log", drop=True, times=10_000)
+    with pytest.raises(StoreFailed, match="the same command publishes it") as caught:
+        results._commit(bucket, "masks", "run", ([], []), {"versions": {}}, None)
+    assert not {"\n", "\x1b"} & set(str(caught.value))
+
+
 def test_a_whole_run_goes_through_a_bad_hour_of_the_store(
     proxy, bucket, own_phantoms, demo_bundle, config, segment_here, read_rows
 ):
