@@ -25,14 +25,14 @@ class Node:
 class Pool:
     """The actors of a run, with the CPUs and GPUs of each.
 
-    max_actors: how many there may be once more nodes have joined; 0: no more than `num_actors`.
-    labels: what a node must be like to hold one.
+    Their number stays: those that find no place wait for one, which asks an autoscaler for it. (A pool
+    of Ray Data that may grow did not take a GPU that had joined, in a minute of need.) labels: what a
+    node must be like to hold one.
     """
 
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
-    max_actors: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -113,7 +113,6 @@ def _on_gpus(
         num_actors=actors,
         cpus_per_actor=threads + resources.decoders,
         gpus_per_actor=1.0,
-        max_actors=0 if resources.actors or resources.max_gpus or not grows else num_works,
         labels=labels_of(resources),
     )
     roomy = seats(like, pool.cpus_per_actor, 1.0) == present

@@ -70,11 +70,6 @@ def _make_stream(todo: Sequence[Work], job: Job, pool: Pool) -> Any:
     largest_first = sorted(todo, key=lambda work: (-work.size_bytes, work.shard_id))
     works = [{"work": work.to_json()} for work in largest_first]
     retries = resources.max_retries
-    size: dict[str, Any] = (
-        {"min_size": pool.num_actors, "max_size": pool.max_actors, "initial_size": pool.num_actors}
-        if pool.max_actors > pool.num_actors
-        else {"size": pool.num_actors}
-    )
     with quiet_deprecations():
         return (
             ray.data.from_items(works, override_num_blocks=len(works))
@@ -92,7 +87,9 @@ def _make_stream(todo: Sequence[Work], job: Job, pool: Pool) -> Any:
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_constructor_kwargs={"job": job},
-                compute=ray.data.ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2),
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.num_actors, max_tasks_in_flight_per_actor=2
+                ),
                 num_cpus=pool.cpus_per_actor,
                 num_gpus=pool.gpus_per_actor or None,
                 label_selector=dict(pool.labels) or None,

@@ -277,7 +277,8 @@ def test_training_across_nodes(fault, unbroken, phantoms, tmp_path):
         if fault == "lost":
             more += ["--set", "resources.min_workers=1"]
         process = cluster.run(*command, *more, log=tmp_path / "train.err")
-        wait_for(lambda: len(losses_of(out)) >= 2)
+        wait_for(lambda: process.poll() is not None or len(losses_of(out)) >= 2)
+        assert process.poll() is None, (tmp_path / "train.err").read_text()
         homes = [n for n in (1, 2, 3) if cluster.processes(n, "RayTrainWorker")]
         assert len(homes) == 2
         since = time.monotonic()

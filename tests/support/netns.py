@@ -25,6 +25,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "120",
 }
+_ON_MACHINES = {
+    **ENVIRONMENT,
+    "GLOO_SOCKET_IFNAME": "net",  # all machines have one host name, which means themselves
+}
 _RAY = str(Path(sys.executable).parent / "ray")
 _STORE_BYTES = 100_000_000
 
@@ -84,7 +88,7 @@ class Cluster:
             *(["--labels", labels] if labels else []),
         ]
         done = subprocess.run(
-            self._inside(number, command), env=ENVIRONMENT, capture_output=True, text=True
+            self._inside(number, command), env=_ON_MACHINES, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -93,7 +97,7 @@ class Cluster:
         with log.open("w") as errors:
             return subprocess.Popen(
                 self._inside(0, [*map(str, command)]),
-                env=ENVIRONMENT,
+                env=_ON_MACHINES,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

@@ -63,16 +63,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(nodes, resources, message):
 def test_max_gpus_is_a_limit_and_on_a_growing_cluster_a_request():
     assert lay([CPU, BIG], max_gpus=2).num_actors == 2
     assert lay([CPU, GPU], max_gpus=3).num_actors == 1
-    grown = lay([CPU, GPU], max_gpus=3, grows=True)
-    assert (grown.num_actors, grown.max_actors) == (3, 0)
+    assert lay([CPU, GPU], max_gpus=3, grows=True).num_actors == 3
     assert lay([CPU, GPU], max_gpus=3, grows=True, works=2).num_actors == 2
     assert lay([CPU, BIG], actors=3, max_gpus=2).num_actors == 2
 
 
-def test_without_a_limit_a_pool_grows_with_its_cluster():
-    pool = lay([CPU, GPU], works=50, grows=True)
-    assert (pool.num_actors, pool.max_actors) == (1, 50)
-    assert lay([CPU, GPU], works=50).max_actors == 0
+def test_without_a_request_nobody_waits_for_more_than_there_is():
+    assert lay([CPU, GPU], grows=True).num_actors == 1
 
 
 def test_nodes_are_chosen_by_label():
