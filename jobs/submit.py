@@ -70,12 +70,24 @@ def command(name: str, arguments: tuple[str, ...], **options: Any) -> None:
     say_how(server, job.id)
 
 
+def _warn(submission: "Submission") -> None:
+    """What a pod will not find."""
+    local = [word for word in submission.words if word.startswith("/")]
+    if local:
+        places = ", ".join(local)
+        click.echo(f"warning: the pods mount no volume, and these are paths: {places}", err=True)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if "//127." in endpoint or "//localhost" in endpoint:
+        click.echo(f"warning: AWS_ENDPOINT_URL={endpoint} is this machine, not a pod's", err=True)
+
+
 def _manifest(submission: "Submission", options: dict[str, Any]) -> str:
     from pipeline.flows.submission import job_environment
     from pipeline.kubernetes import render
 
     if not options["image"]:
         raise click.UsageError("--print kubernetes needs --image, the image with Ray and reseg")
+    _warn(submission)
     return render(
         [submission.command, *submission.words],
         run_id=submission.run_id,

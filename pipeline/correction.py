@@ -62,7 +62,8 @@ def export_cases(
     """
     if storage.is_remote(folder) or not storage.is_empty(folder):
         raise ConfigError(
-            f"{folder} is not a local folder that is new or empty; nothing is overwritten"
+            f"{folder} is not a folder of this machine that is new or empty; people correct files "
+            "where their programs open them, and nothing is overwritten"
         )
     source = open_night_source(night)
     shards = {shard.shard_id: shard for shard in FORMATS[source.format].list_shards(source).shards}

@@ -153,12 +153,24 @@ def _checked_schedule(schedule: str) -> str:
     fields = schedule.split()
     if schedule.startswith("@"):
         return schedule
-    if len(fields) != 5 or not all(_CRON_FIELD.fullmatch(item) for item in fields):
+    fits = len(fields) == 5 and all(_CRON_FIELD.fullmatch(item) for item in fields)
+    if not fits or not all(map(_in_range, fields, _CRON_RANGES)):
         raise ConfigError(
             f"--schedule {schedule!r} is not five cron fields (minute hour day month weekday), as "
             '"0 2 * * *" for each night at two'
         )
     return " ".join(fields)
+
+
+_CRON_RANGES = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+
+
+def _in_range(field_: str, limits: tuple[int, int]) -> bool:
+    """Whether the numbers of a cron field are possible; a step (after a slash) only has a size."""
+    numbers = [
+        int(n) for part in field_.split(",") for n in re.findall(r"\d+", part.partition("/")[0])
+    ]
+    return all(limits[0] <= number <= limits[1] for number in numbers)
 
 
 def _checked_time_zone(time_zone: str) -> str:

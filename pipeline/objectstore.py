@@ -7,6 +7,7 @@ that an outage is never taken for a missing or a damaged file.
 """
 
 import ipaddress
+import math
 import os
 import random
 import re
@@ -68,9 +69,16 @@ _CREDENTIALS = frozenset(
         "AuthenticationFailed",
     }
 )
-_LASTING = frozenset(
-    {"AccessDenied", "NoSuchBucket", "InvalidBucketName", "PermanentRedirect", "NotImplemented"}
+_LASTING = frozenset({"InvalidBucketName", "PermanentRedirect", "NotImplemented"})
+_KNOWN = re.compile(rf"\b({'|'.join((*sorted(_CREDENTIALS), 'AccessDenied', 'SlowDown'))})\b")
+"""An answer about several objects names the codes of each in words of its own."""
+_NO_CREDENTIALS = (
+    "MissingSecretAccessKey",
+    "MissingAccessKeyId",
+    "MissingAccount",
+    "169.254.169.254",
 )
+"""The last is the metadata service, which is asked where the environment says nothing."""
 
 _reached: set[str] = set()
 
@@ -105,7 +113,8 @@ def check_location(scheme: str, location: str) -> None:
     if scheme not in SCHEMES or scheme not in allowed:
         served = ", ".join(f"{name}://" for name in SCHEMES if name in allowed)
         raise ConfigError(
-            f"{location!r}: the scheme {scheme!r} is not served; use a path or {served}"
+            f"{location!r}: the scheme {scheme!r} is not served; use a path"
+            + (f" or {served}" if served else "; RESEG_SCHEMES allows no other")
         )
     endpoint = endpoint_of(scheme)
     if endpoint:
@@ -123,7 +132,8 @@ def _check_endpoint(endpoint: str) -> None:
     """Link-local addresses hold the machine's own credentials; a name may lead there too."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"the endpoint {parts.netloc!r} is not of the form https://host[:port]")
+        shown = "with a password in it" if "@" in endpoint else repr(endpoint)
+        raise ConfigError(f"the endpoint {shown} is not of the form https://host[:port]")
     if parts.username or parts.password:
         raise ConfigError(
             f"the endpoint of {parts.hostname} holds a user name; credentials belong in "
@@ -202,10 +212,15 @@ def storage_options(uri: str) -> dict[str, str]:
 def _patience_s(bucket: str) -> float:
     """Long for a store that has answered before, short for one that may be a misspelt address."""
     told = os.environ.get("RESEG_STORE_PATIENCE_S", "")
+    if not told:
+        return _PATIENCE_S if bucket in _reached else _FIRST_PATIENCE_S
     try:
-        return float(told) if told else _PATIENCE_S if bucket in _reached else _FIRST_PATIENCE_S
+        seconds = float(told)
     except ValueError:
-        raise ConfigError(f"RESEG_STORE_PATIENCE_S is {told!r}, not a number of seconds") from None
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"RESEG_STORE_PATIENCE_S is {told!r}; it is a number of seconds above 0")
+    return seconds
 
 
 def _persist(what: str, uri: str, ask: Callable[[Any, str], T]) -> T:
@@ -222,7 +237,10 @@ def _persist(what: str, uri: str, ask: Callable[[Any, str], T]) -> T:
         except FileNotFoundError as error:
             _reached.add(bucket)
             if "NoSuchBucket" in str(error):
-                raise ConfigError(f"there is no bucket {bucket!r} for {uri}") from None
+                raise ConfigError(
+                    f"there is no bucket {bucket!r} for {uri}; are its name, the endpoint and the "
+                    "region right?"
+                ) from None
             raise
         except Exception as error:  # noqa: BLE001  (obstore's errors share no public root)
             reason = _reason(error)
@@ -243,17 +261,21 @@ def _persist(what: str, uri: str, ask: Callable[[Any, str], T]) -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reason:
-    """Why a request failed: the store's own code, the status, or the kind of error."""
+    """Why a request failed: the store's own code, the status, or the kind of error.
+
+    credentials: they are refused. none_found: there are none.
+    """
 
     text: str
     code: str
     credentials: bool
+    none_found: bool
 
 
 def _reason(error: BaseException) -> _Reason:
     """What a library's error says, without the rest of it, which may hold request headers."""
     text = str(error)
-    code = next(iter(_CODE.findall(text)), "")
+    code = next(iter([*_CODE.findall(text), *_KNOWN.findall(text)]), "")
     status = next(iter(_STATUS.findall(text)), "")
     kind = type(error).__name__
     if not code and not status:
@@ -261,11 +283,11 @@ def _reason(error: BaseException) -> _Reason:
         known = ("connect", "timed out", "timeout", "credential", "body", "dns", "closed")
         word = next((word for word in known if word in lowered), "")
         code = {"connect": "no connection", "body": "the answer broke off"}.get(word, word)
-    missing = "credential" in text.lower() and "<Code>" not in text
     return _Reason(
         text=" ".join(part for part in (status, code) if part) or kind,
         code=code,
-        credentials=code in _CREDENTIALS or missing or kind == "UnauthenticatedError",
+        credentials=code in _CREDENTIALS or kind == "UnauthenticatedError",
+        none_found=any(sign in text for sign in _NO_CREDENTIALS),
     )
 
 
@@ -279,10 +301,28 @@ def _raise_lasting(reason: _Reason, error: BaseException, what: str, uri: str) -
             f"the object store refuses the credentials ({reason.text}) at {what} {uri}; renew them "
             "in the environment or in the machine's role, then give the same command again"
         ) from None
-    if kind == "PermissionDeniedError":
-        raise PermissionError(13, "the object store denies access", uri) from None
-    if reason.code in _LASTING or kind in ("InvalidPathError", "UnknownConfigurationKeyError"):
+    if reason.none_found:
+        raise ConfigError(
+            f"there are no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for "
+            "Azure AZURE_STORAGE_ACCOUNT_NAME and _KEY), or give the machine a role"
+        ) from None
+    if kind == "PermissionDeniedError" or reason.code == "AccessDenied":
+        raise PermissionError(13, f"the object store denies {what} to this key or role", uri)
+    if kind == "InvalidPathError":
+        raise ConfigError(
+            f"an object below {uri} has a name that cannot be read: {_invalid_path(error)}; rename it"
+        ) from None
+    if reason.code == "NoSuchBucket":
+        raise ConfigError(
+            f"there is no bucket for {uri}; are its name, the endpoint and the region right?"
+        ) from None
+    if reason.code in _LASTING or kind == "UnknownConfigurationKeyError":
         raise ConfigError(f"the object store refuses {what} {uri}: {reason.text}") from None
+
+
+def _invalid_path(error: BaseException) -> str:
+    found = re.search(r'Error parsing Path "(.*?)": ', str(error), re.DOTALL)
+    return repr(found.group(1) if found else str(error).partition("\n")[0])
 
 
 def _no_answer(what: str, uri: str, reason: _Reason, waited_s: float) -> str:
@@ -301,8 +341,21 @@ def _no_answer(what: str, uri: str, reason: _Reason, waited_s: float) -> str:
 def list_items(uri: str) -> Iterator[Item]:
     """Objects below a prefix, as the store gives them: a page of some 1,000 at a time.
 
-    Raises PermissionError or StoreFailed; nothing to list is no error.
+    Without the empty objects that consoles write to show folders. Raises PermissionError, ConfigError or
+    StoreFailed; nothing to list is no error.
     """
+    held: Item | None = None
+    for item in _list_all(uri):
+        if held is not None and not item.key.startswith(f"{held.key}/"):
+            yield held
+        held = item if item.size == 0 else None
+        if held is None:
+            yield item
+    if held is not None:
+        yield held
+
+
+def _list_all(uri: str) -> Iterator[Item]:
     import obstore
 
     scheme, bucket, prefix = split(uri)
@@ -320,9 +373,8 @@ def list_items(uri: str) -> Iterator[Item]:
         if page is None:
             return
         for entry in page:
-            path = entry["path"]
-            if path != start and not path.endswith("/"):
-                yield _item(path[len(start) :], entry)
+            if entry["path"] != prefix:  # what a console writes to show an empty folder
+                yield _item(entry["path"][len(start) :], entry)
 
 
 def _item(key: str, entry: Any) -> Item:

@@ -109,6 +109,7 @@ def make_plan(
     Reads listings, and the bytes of what may have changed; writes nothing. Raises SourceError or ResultsError.
     """
     results_uri = storage.resolve(results_location)
+    results.check_place(results_uri)
     night = results.open_night(results_uri)
     source = open_source(location, config.source, config.limits)
     check_apart(source.uri, results_uri)
@@ -144,9 +145,12 @@ def make_plan(
 
 
 def check_apart(source_uri: str, results_uri: str) -> None:
-    """Refuse results inside their own source, which would be read as images next night."""
+    """Refuse results inside their own source, which would be read as images next night, and a source
+    inside the results, which `reseg vacuum` looks through."""
     if results_uri == source_uri or results_uri.startswith(f"{source_uri}/"):
         raise ConfigError(f"the results {results_uri} would lie inside the source {source_uri}")
+    if source_uri.startswith(f"{results_uri}/"):
+        raise ConfigError(f"the source {source_uri} lies inside the results {results_uri}")
 
 
 def _nothing_found(source: Source, ignored: tuple[str, ...]) -> str:

@@ -81,6 +81,22 @@ class Night:
         return [storage.join(self.results, table, name) for name in names if name]
 
 
+_NOT_IN_A_TABLE_URI = '%[]{}<>|\\^`"'
+
+
+def check_place(results: str) -> None:
+    """Refuse a place that the tables' log would write elsewhere: it takes a URI for an encoded one.
+
+    Raises ConfigError.
+    """
+    bad = sorted(set(results) & set(_NOT_IN_A_TABLE_URI)) if storage.is_remote(results) else []
+    if bad:
+        raise ConfigError(
+            f"results cannot lie in {results}: {' '.join(bad)} in its name would lead to another "
+            "place; choose a name without"
+        )
+
+
 def latest_night_number(results: str) -> int | None:
     """The number of the published night, None before the first."""
     return latest_version(results, "masks")

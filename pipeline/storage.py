@@ -7,6 +7,7 @@ Nothing else is reachable: other schemes are refused.
 import fcntl
 import io
 import os
+import re
 import secrets
 import stat
 import time
@@ -19,12 +20,14 @@ from hashlib import sha256
 from typing import BinaryIO, TypeVar, cast
 
 from pipeline import objectstore
-from pipeline.errors import ConfigError, ResegError, SourceError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.objectstore import PUBLIC_VARIABLES, Changed
 
 T = TypeVar("T")
 
 __all__ = ["PUBLIC_VARIABLES", "Changed"]
+
+_HALF_A_URI = re.compile(r"(?:s3|gs|az|https?|file):/(?!/)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,9 @@ def resolve(location: str) -> str:
     URI with query, credentials or `..` in it.
     """
     scheme, separator, rest = location.partition("://")
+    if _HALF_A_URI.match(location):
+        meant = location.replace(":/", "://", 1)
+        raise ConfigError(f"{location!r} is neither a path nor a URI; did you mean {meant}?")
     if not separator:
         return os.path.abspath(os.path.expanduser(location))
     if scheme == "file":
@@ -375,12 +381,14 @@ def probe(uri: str) -> Probe:
             texts = [b"racer %d" % number for number in range(_RACERS)]
             won = list(pool.map(lambda text: create(many, text), texts))
         alone = sum(won) == 1 and read(many) == texts[won.index(True)]
-    except OSError as error:
-        raise ConfigError(f"{uri} cannot be written to: {error.strerror or error}") from None
-    finally:
         for name in (one, many):
-            with suppress(OSError, ResegError):  # what went wrong before is what matters
-                remove(name)
+            remove(name)
+    except OSError as error:
+        raise ConfigError(
+            f"{uri} cannot hold results: {error.strerror or error}; reading, writing, listing and "
+            "deleting are needed there"
+        ) from None
+    finally:
         if not is_remote(uri):
             with suppress(OSError):
                 os.rmdir(folder)

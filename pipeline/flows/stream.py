@@ -145,10 +145,15 @@ def _stalled(message: str, timeout_s: float) -> str:
 
 
 def _cause(error: BaseException, run_id: str) -> ResegError:
-    """The error of a worker as one sentence; ours pass through."""
+    """The error of a worker as one sentence; ours pass through.
+
+    Ray wraps an error of ours in one of its own that is also of our class, and holds the traceback.
+    """
+    from ray.exceptions import RayError
+
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ResegError):
+        if isinstance(cause, ResegError) and not isinstance(cause, RayError):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     text = str(error)

@@ -297,9 +297,13 @@ def _show(state: Mapping[str, Any], report: Report) -> None:
 
 def _as_sentence(error: BaseException) -> ResegError:
     """Ray's account of failed workers, as one sentence."""
+    from ray.exceptions import RayTaskError
+
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
     inner = getattr(cause, "cause", None) or cause.__cause__ or cause
+    while isinstance(inner, RayTaskError) and isinstance(inner.cause, Exception):
+        inner = inner.cause
     if isinstance(inner, ResegError):
         return inner
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]

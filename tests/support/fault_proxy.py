@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Fault:
     """What happens to the next `times` requests that match.
 
-    refuse: answer with this status (and S3 error code) without passing the request on. lose: pass it on,
+    refuse: answer with this status (and S3 error code, or body, with the first
+    key that was asked about for {key}) without passing the request on. lose: pass it on,
     then reset the connection instead of answering. drop: reset at once. cut: send only so many bytes
     of the answer's body. wait_s: before the answer's first byte. without: request headers
     that do not travel on, as with a gateway that does not know them.
@@ -33,6 +34,7 @@ class Fault:
     skip: int = 0
     refuse: int | None = None
     code: str = "InternalError"
+    body: str = ""
     lose: bool = False
     drop: bool = False
     cut: int | None = None
@@ -109,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         if fault.refuse is not None:
             time.sleep(fault.wait_s)
-            text = f"<Error><Code>{fault.code}</Code><Message>as told</Message></Error>"
+            asked = re.search(rb"<Key>(.*?)</Key>", body)
+            told = fault.body.replace("{key}", asked.group(1).decode() if asked else "")
+            text = told or f"<Error><Code>{fault.code}</Code><Message>told</Message></Error>"
             return self._answer(fault.refuse, [("Content-Type", "application/xml")], text.encode())
         status, headers, data = self._forward(body, fault.without)
         if fault.lose:

@@ -328,3 +328,17 @@ def test_the_job_gets_its_variables():
     )
     variables = yaml.safe_load(told["spec"]["runtimeEnvYAML"])["env_vars"]
     assert variables == {"AWS_ENDPOINT_URL": "https://store: 'x'"}
+
+
+@pytest.mark.parametrize(
+    "schedule", ["99 2 * * *", "0 24 * * *", "0 2 32 * *", "0 2 * 13 *", "0 2 * * 8", "* * * *"]
+)
+def test_a_time_that_never_comes_is_refused(schedule):
+    with pytest.raises(ConfigError, match="five cron fields"):
+        render(ARGV, run_id=None, image=IMAGE, num_gpus=1, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["0 2 * * *", "*/90 0-23/2 1,31 1-12 7", "@daily"])
+def test_a_time_that_comes_is_taken(schedule):
+    text = render(ARGV, run_id=None, image=IMAGE, num_gpus=1, schedule=schedule)
+    assert yaml.safe_load(text)["spec"]["schedule"] == schedule

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from object_store import SIGNATURE, upload
+from object_store import KEY, SECRET, SIGNATURE, upload
 
 from pipeline import delta, lock, objectstore, results, runs, storage
 from pipeline.errors import CommitConflict, ConfigError, StoreFailed
@@ -398,3 +398,100 @@ def test_a_lock_outlives_an_outage_of_its_store(proxy, bucket, impatient, monkey
     ):
         work()
     assert "Traceback" not in capfd.readouterr().err
+
+
+DENIED = (
+    "<DeleteResult><Error><Key>{key}</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
+    "</DeleteResult>"
+)
+
+
+@pytest.mark.parametrize(
+    "answer", [{"refuse": 200, "body": DENIED}, {"refuse": 403, "code": "AccessDenied"}]
+)
+def test_a_key_that_may_not_delete_is_told_before_anything_is_computed(
+    proxy, bucket, own_phantoms, demo_bundle, config, segment_here, answer
+):
+    """A store answers 200 to the deletion of several objects, with a code for each."""
+    proxy.give(method="POST", path="delete", times=10_000, **answer)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="denies deleting .*deleting are needed there"):
+        segment_here(str(own_phantoms), f"{bucket}/r", demo_bundle, config(), limit=1)
+    assert time.monotonic() - started < 20
+    assert not [info for info in storage.list_files(f"{bucket}/r") if "receipts" in info.path]
+
+
+@pytest.fixture
+def foreign(object_store):
+    """Another client of the same store, which writes what ours would not."""
+    from pyarrow.fs import S3FileSystem
+
+    return S3FileSystem(
+        access_key=KEY,
+        secret_key=SECRET,
+        scheme="http",
+        endpoint_override=object_store.endpoint.removeprefix("http://"),
+        region="us-east-1",
+    )
+
+
+def test_a_name_that_cannot_be_read_is_named(bucket, foreign):
+    with foreign.open_output_stream(f"{bucket.removeprefix('s3://')}/x/new\nline.png") as file:
+        file.write(b"x")
+    with pytest.raises(
+        ConfigError, match=r"name that cannot be read: 'x/new\\nline.png'; rename it"
+    ):
+        list(storage.list_files(f"{bucket}/x"))
+
+
+def test_what_a_console_writes_to_show_a_folder_is_no_file(bucket, foreign):
+    place = bucket.removeprefix("s3://")
+    foreign.create_dir(f"{place}/new")
+    foreign.create_dir(f"{place}/new/case")
+    storage.write(f"{bucket}/new/case/1.png", b"x")
+    storage.write(f"{bucket}/new/empty.png", b"")
+    assert [info.path for info in storage.list_files(f"{bucket}/new")] == [
+        "case/1.png",
+        "empty.png",
+    ]
+    foreign.create_dir(f"{place}/other")
+    assert storage.is_empty(f"{bucket}/other")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "0", "soon"])
+def test_patience_is_a_number_of_seconds(bucket, monkeypatch, value):
+    monkeypatch.setenv("RESEG_STORE_PATIENCE_S", value)
+    with pytest.raises(ConfigError, match=f"RESEG_STORE_PATIENCE_S is '{value}'"):
+        storage.read("s3://no-such-bucket-here/a")
+
+
+def test_missing_credentials_are_told_as_such(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    objectstore.forget_clients()
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="no credentials for .*AWS_SECRET_ACCESS_KEY"):
+        storage.read(f"{bucket}/a")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["a%41", "a[0]", "a{b}", "a|b"])
+def test_results_do_not_lie_where_their_log_would_go_elsewhere(name):
+    with pytest.raises(ConfigError, match="would lead to another place"):
+        results.check_place(f"s3://bucket/{name}/results")
+    results.check_place(f"/disk/{name}")
+    results.check_place("s3://bucket/ü and b+c, (d)/results")
+
+
+def test_the_error_of_a_worker_is_its_sentence_and_not_its_traceback():
+    """Ray wraps it in an error that is of our class too, and whose text is the traceback."""
+    from ray.exceptions import RayTaskError
+
+    from pipeline.flows.stream import _cause
+    from pipeline.flows.train import _as_sentence
+
+    ours = StoreFailed("the object store refuses the credentials")
+    wrapped = RayTaskError("finish_stage", "Traceback ...\n  at /archive/patient", ours)
+    around = wrapped.as_instanceof_cause()
+    assert isinstance(around, StoreFailed), "as Ray does it"
+    assert _cause(around, "run") is ours
+    assert _as_sentence(around) is ours
