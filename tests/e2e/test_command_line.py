@@ -219,7 +219,10 @@ def _wait_for(condition, timeout=200):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.storm)],
+)
 def test_a_stopped_run_is_resumed_and_loses_nothing(
     reseg, tmp_path, demo_bundle, how, segment_here, config, read_digests
 ):

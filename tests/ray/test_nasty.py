@@ -141,7 +141,7 @@ def test_no_name_of_a_patient_is_kept(nasty, tmp_path, demo_bundle, segment_here
 @pytest.mark.parametrize(
     ("folder", "patterns", "num_images"),
     [
-        (
+        pytest.param(
             "isbi_em",
             {
                 "source.images": "image/{case}.*",
@@ -149,6 +149,7 @@ def test_no_name_of_a_patient_is_kept(nasty, tmp_path, demo_bundle, segment_here
                 "source.mask_values": "0=1,255=0",
             },
             24,
+            marks=pytest.mark.storm,
         ),
         (
             "dsb2018_nuclei",

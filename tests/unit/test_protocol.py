@@ -768,8 +768,8 @@ def newest_side_versions(patch):
         (dangling_commits_stay, 0),
         (any_receipt_is_adopted, 0),
         (publication_first, 0),
-        (no_grace, 100),
-        (newest_side_versions, 800),
+        (no_grace, 375),
+        (newest_side_versions, 1950),
     ],
 )
 def test_a_broken_protocol_is_caught(simulated, variant, first_seed):

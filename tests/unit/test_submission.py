@@ -257,8 +257,13 @@ def test_a_job_ends_at_once_on_a_cluster_of_another_version():
 
 
 def test_a_job_computes_on_the_cluster_that_ray_names(monkeypatch):
+    import ray
+
     from pipeline.flows.cluster import connect
 
+    monkeypatch.setattr(
+        ray, "is_initialized", lambda: False
+    )  # as other tests of this process left it
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"cannot connect to Ray at '127\.0\.0\.1:1'"):
         connect(None, 1).__enter__()
