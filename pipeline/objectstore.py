@@ -301,7 +301,9 @@ def _raise_lasting(reason: _Reason, error: BaseException, what: str, uri: str) -
             f"the object store refuses the credentials ({reason.text}) at {what} {uri}; renew them "
             "in the environment or in the machine's role, then give the same command again"
         ) from None
-    if reason.none_found:
+    if (
+        reason.none_found and split(uri)[1] not in _reached
+    ):  # else the role's service has a bad minute
         raise ConfigError(
             f"there are no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for "
             "Azure AZURE_STORAGE_ACCOUNT_NAME and _KEY), or give the machine a role"

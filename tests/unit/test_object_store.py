@@ -495,3 +495,21 @@ def test_the_error_of_a_worker_is_its_sentence_and_not_its_traceback():
     assert isinstance(around, StoreFailed), "as Ray does it"
     assert _cause(around, "run") is ours
     assert _as_sentence(around) is ours
+
+
+def test_a_metadata_service_with_a_bad_minute_is_waited_for(bucket):
+    """Where the store has answered before there were credentials, so there will be again."""
+    calls = []
+
+    def ask(store, key):
+        calls.append(key)
+        if len(calls) % 3:
+            raise RuntimeError("PUT http://169.254.169.254/latest/api/token: 503 Slow Down")
+        return key
+
+    with pytest.raises(ConfigError, match="no credentials"):
+        objectstore._persist("reading", f"{bucket}/a", ask)
+    calls.clear()
+    objectstore.expect(bucket)
+    assert objectstore._persist("reading", f"{bucket}/a", ask) == "a"
+    assert len(calls) == 3
