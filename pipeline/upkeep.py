@@ -1,7 +1,6 @@
 """Upkeep of results: seal what was published, find any flipped bit of it, collect what no night needs."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,13 @@ from pipeline.errors import ResultsError
 from pipeline.policy import KeepConfig
 from pipeline.records import sha256_hex
 from pipeline.results import Night, Record
-from pipeline.tables import TABLES, part_prefix
+from pipeline.tables import TABLES, content_digest, part_prefix
 
 Progress = Callable[[int, int, str], None]
 
 _READERS = 8
 _PREFIX_LENGTH = len(part_prefix("0" * 64))
 _SEALS = "_seals"
-_PART_NAME = re.compile(r"part-[0-9a-f]{16}-([0-9a-f]{40})(?:-[0-9a-f]{8})?\.parquet")
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -137,8 +135,7 @@ def verify_checksums(results_uri: str, progress: Progress = _silent) -> Checked:
         assert night is not None
         for table in TABLES:
             for uri in night.paths(table):
-                match = _PART_NAME.fullmatch(uri.rsplit("/", 1)[1])
-                parts[uri] = match.group(1) if match else ""
+                parts[uri] = content_digest(uri.rsplit("/", 1)[1])
         files = _read_seal(results_uri, night, damaged)
         if files is None:
             unsealed.append(number)

@@ -79,11 +79,12 @@ def token_head(num_cpus: int = 2) -> Iterator[TokenHead]:
 
 def _free_ports(count: int) -> list[int]:
     found: list[int] = []
-    while len(found) < count:
-        port = random.choice(_PORTS)
+    for port in random.sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)
+        if len(found) == count:
+            break
     return found
 
 
