@@ -17,6 +17,7 @@ from pipeline.flows.stragglers import Stragglers
 from pipeline.records import Receipt, Work, receipt_from_json
 
 _STAGE_NAMES = {"read_stage": "read", "PredictStage": "predict", "finish_stage": "finish"}
+_RAYS_ADVICE = "\nFailed to apply UDF transform"
 _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*): .+)$", re.MULTILINE)
 _LEAST_IN_FLIGHT = 16
 _CALLS_PER_RETRY = 10
@@ -147,13 +148,16 @@ def _stalled(message: str, timeout_s: float) -> str:
 def _cause(error: BaseException, run_id: str) -> ResegError:
     """The error of a worker as one sentence; ours pass through.
 
-    Ray wraps an error of ours in one of its own that is also of our class, and holds the traceback.
+    Ray wraps an error of ours in one of its own that is also of our class, and holds the traceback;
+    and Ray Data writes into ours how its retries could be configured.
     """
     from ray.exceptions import RayError
 
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ResegError) and not isinstance(cause, RayError):
+            if cause.args and isinstance(cause.args[0], str):
+                cause.args = (cause.args[0].partition(_RAYS_ADVICE)[0], *cause.args[1:])
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     text = str(error)

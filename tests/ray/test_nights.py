@@ -1,5 +1,6 @@
 """Seven nights over real brain MRI on Ray, and what three engines read after each."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import duckdb
 import pytest
 import ray.data
 from deltalake import DeltaTable
+from object_store import upload
+from pyarrow.fs import S3FileSystem
 
-from pipeline import results
+from pipeline import results, storage
 from pipeline.config import load_config
 from pipeline.errors import ResultsError
 from pipeline.flows.nightly import roll_back, run_nightly
@@ -42,14 +45,22 @@ def archive(shared, tmp_path) -> Path:
     return tmp_path / "archive"
 
 
-def read_three_ways(out: Path, table: str) -> list[list[tuple]]:
-    """The newest rows of a table by pandas, by DuckDB and by Ray, as users are told to read them."""
+def read_three_ways(out: str, table: str, scratch: Path) -> list[list[tuple]]:
+    """The newest rows of a table by pandas, by DuckDB and by Ray, as users are told to read them.
+
+    Out of object storage DuckDB would need an extension from the network, so it reads copies.
+    """
     columns = KEYS[table]
-    paths = require_night(str(out), None).paths(table)
+    paths, system, options = require_night(out, None).paths(table), None, None
+    local = paths
+    if storage.is_remote(out):
+        system, options = _s3(), {"AWS_ALLOW_HTTP": "true"}
+        local = [_copied(path, scratch) for path in paths]
+        paths = [path.removeprefix("s3://") for path in paths]
     frames = [
-        DeltaTable(str(out / table)).to_pandas(),
-        duckdb.sql(f"select * from read_parquet({paths})").df(),
-        ray.data.read_parquet(paths).to_pandas(),
+        DeltaTable(storage.join(out, table), storage_options=options).to_pandas(),
+        duckdb.sql(f"select * from read_parquet({local})").df(),
+        ray.data.read_parquet(paths, filesystem=system).to_pandas(),
     ]
     rows = []
     for frame in frames:
@@ -58,13 +69,44 @@ def read_three_ways(out: Path, table: str) -> list[list[tuple]]:
     return rows
 
 
+def _s3() -> S3FileSystem:
+    """For workers too, which do not have the environment of a test."""
+    return S3FileSystem(
+        access_key=os.environ["AWS_ACCESS_KEY_ID"],
+        secret_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        endpoint_override=os.environ["AWS_ENDPOINT_URL"],
+        region="us-east-1",
+    )
+
+
+def _copied(uri: str, folder: Path) -> str:
+    path = folder / uri.rsplit("/", 1)[1]
+    path.write_bytes(storage.read(uri))
+    return str(path)
+
+
+def _parts(out: str) -> set[str]:
+    return {
+        f"{table}/{info.path}"
+        for table in KEYS
+        for info in storage.list_files(storage.join(out, table))
+        if info.path.endswith(".parquet") and "_delta_log" not in info.path
+    }
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["here", pytest.param("ray", marks=pytest.mark.storm)])
+@pytest.mark.parametrize(
+    "engine",
+    ["here", *(pytest.param(name, marks=pytest.mark.storm) for name in ("ray", "here_on_s3"))],
+)
 def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
-    engine, archive, tmp_path, bright_bundle, ray_session, night_here
+    engine, archive, tmp_path, bright_bundle, ray_session, night_here, request
 ) -> None:
     run = run_nightly if engine == "ray" else night_here
-    out, labelled = tmp_path / "results", tmp_path / "labelled"
+    labelled, scratch = tmp_path / "labelled", tmp_path / "scratch"
+    scratch.mkdir()
+    place = request.getfixturevalue("bucket") if engine == "here_on_s3" else str(tmp_path)
+    out = f"{place}/results"
     first, second, broken = (
         bright_bundle(tmp_path / name, threshold)
         for name, threshold in (("first", 2.0), ("second", 1.97), ("broken", 50.0))
@@ -76,11 +118,14 @@ def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
     }
 
     def night(bundle):
-        values = {"source": str(archive), "results": str(out), "bundle": bundle}
+        if storage.is_remote(place):
+            for folder in filter(Path.exists, (archive, labelled)):
+                upload(folder, f"{place}/{folder.name}")
+        values = {"source": f"{place}/archive", "results": out, "bundle": bundle}
         values |= {f"segment.source.{key}": value for key, value in FILES.items()}
         values |= {f"labelled.source.{key}": value for key, value in FILES.items()}
         if labelled.exists():
-            values["labelled.uri"] = str(labelled)
+            values["labelled.uri"] = f"{place}/labelled"
         values |= {"groups.pattern": "TCGA_{group}_*"}
         values |= {
             "gate.max_missing_share": 0.2,
@@ -92,7 +137,7 @@ def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
     def same_everywhere() -> dict[str, list[tuple]]:
         found = {}
         for table in KEYS:
-            pandas, duck, on_ray = read_three_ways(out, table)
+            pandas, duck, on_ray = read_three_ways(out, table, scratch)
             assert pandas == duck == on_ray
             found[table] = pandas
         present = {case.name for case in archive.iterdir()}
@@ -100,7 +145,7 @@ def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
         return found
 
     def computed_tonight() -> set[str]:
-        opened = require_night(str(out), None)
+        opened = require_night(out, None)
         rows = results.read_table(opened, "masks", ["case_id", "run_id"]).to_pylist()
         return {row["case_id"] for row in rows if row["run_id"] == opened.metadata["run_id"]}
 
@@ -159,18 +204,18 @@ def test_seven_nights(  # noqa: PLR0915  (seven nights are one story)
     assert len(six.review) == 7
     assert "vanished" in six.review[0].reasons[0]
 
-    rolled = roll_back(str(out), 2, "the new network is not trusted yet")
+    rolled = roll_back(out, 2, "the new network is not trusted yet")
     assert (rolled["night"], rolled["content_of"]) == (4, 2)
     assert same_everywhere() == rows_of_four
     assert night(first).summary.computed_images == 0
-    before = {p for table in KEYS for p in (out / table).glob("*.parquet")}
-    waste = find_waste(str(out), KeepConfig(nights=1, grace_hours=1), now_s=1e11)
-    collect(str(out), waste)
-    after = {p for table in KEYS for p in (out / table).glob("*.parquet")}
-    assert len(after) == sum(len(require_night(str(out), None).paths(t)) for t in KEYS)
+    before = _parts(out)
+    waste = find_waste(out, KeepConfig(nights=1, grace_hours=1), now_s=1e11)
+    collect(out, waste)
+    after = _parts(out)
+    assert len(after) == sum(len(require_night(out, None).paths(t)) for t in KEYS)
     assert len(before - after) == len(waste.files) > 0
     assert same_everywhere() == rows_of_four
     with pytest.raises(ResultsError, match="collected"):
-        results.open_night(str(out), 3)
-    checked = verify_checksums(str(out))
+        results.open_night(out, 3)
+    checked = verify_checksums(out)
     assert (checked.damaged, checked.unsealed, checked.nights) == ((), (), (4,))

@@ -497,6 +497,22 @@ def test_the_error_of_a_worker_is_its_sentence_and_not_its_traceback():
     assert _as_sentence(around) is ours
 
 
+def test_what_ray_data_adds_to_an_error_of_ours_is_not_told():
+    from ray.data._internal.util import iterate_with_retry
+    from ray.exceptions import RayTaskError
+
+    from pipeline.flows.stream import _cause
+
+    def rows():
+        raise StoreFailed("the store is down; start it")
+        yield
+
+    with pytest.raises(StoreFailed, match="retry attempts") as raised:
+        list(iterate_with_retry(rows, "apply UDF transform", max_attempts=1))
+    around = RayTaskError("stage", "Traceback", raised.value).as_instanceof_cause()
+    assert str(_cause(around, "run")) == "the store is down; start it"
+
+
 def test_a_metadata_service_with_a_bad_minute_is_waited_for(bucket):
     """Where the store has answered before there were credentials, so there will be again."""
     calls = []
