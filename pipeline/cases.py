@@ -7,7 +7,7 @@ still gets its row. Positions are kept by index, so nothing can change places.
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,20 +91,38 @@ class PredictedCase:
 
 
 def decode_case(
-    encoded: EncodedCase, sandbox: Sandbox, config: SourceConfig, num_labels: int
+    encoded: EncodedCase,
+    sandbox: Sandbox,
+    config: SourceConfig,
+    num_labels: int,
+    *,
+    max_pixels: int,
 ) -> DecodedCase:
-    """Decode all slices of a case and their references; failures become problems of slices."""
+    """Decode all slices of a case and their references; failures become problems of slices.
+
+    max_pixels: of all slices together; of a case with more no slice is usable.
+    """
     mapping = parse_mask_values(config.mask_values)
     records: list[SliceRecord] = []
     pages: list[npt.NDArray[Any] | None] = []
     references: list[Labels | None] = []
+    names: set[str] = set()
+    num_pixels = 0
     for item in encoded.slices:
-        for record, page_HWC, reference_HW in _decode_slice(item, sandbox, mapping, num_labels):
-            if any(record.name == other.name for other in records):
+        if num_pixels > max_pixels:
+            found: Iterable[_Decoded] = [(_record(item, item.name, item.problem), None, None)]
+        else:
+            found = _decode_slice(item, sandbox, mapping, num_labels)
+        for record, page_HWC, reference_HW in found:
+            if record.name in names:
                 record.name = f"{record.name}~{len(records)}"
+            names.add(record.name)
             records.append(record)
             pages.append(page_HWC)
             references.append(reference_HW)
+            num_pixels += 0 if page_HWC is None else page_HWC.shape[0] * page_HWC.shape[1]
+    if num_pixels > max_pixels:
+        _refuse_all(records, max_pixels)
     _refuse_odd_shapes(records, pages)
     decoded = DecodedCase(
         case_id=encoded.case_id,
@@ -201,6 +219,16 @@ def _reference(
     except BadImage as error:
         record.problem = Problem(error_class=error.error_class, message=error.message)
         return None
+
+
+def _refuse_all(records: list[SliceRecord], max_pixels: int) -> None:
+    message = (
+        f"the {len(records)} slices of its case have more than {max_pixels} pixels; is one case "
+        "really one image or volume?"
+    )
+    for record in records:
+        if is_usable(record.problem):
+            record.problem = Problem(error_class=ErrorClass.CASE_TOO_LARGE, message=message)
 
 
 def _refuse_odd_shapes(records: list[SliceRecord], pages: list[npt.NDArray[Any] | None]) -> None:

@@ -69,6 +69,10 @@ class LimitsConfig:
     max_file_bytes: int = 1 << 30
     max_archive_bytes: int = 64 << 30
     max_member_bytes: int = 256 << 20
+    max_case_bytes: int = 4 << 30
+    """Of all files of a case, as they are stored: a case is held in memory whole."""
+    max_case_pixels: int = 1 << 29
+    """Of all slices of a case, decoded."""
     decode_timeout_s: float = 30.0
     decode_memory_bytes: int = 4 << 30
 

@@ -113,7 +113,8 @@ def read_ready(
     """
     source = job.source_number(number)
     encoded = next(iter(FORMATS[source.format].read_cases(source, shard_path, [ref])))
-    decoded = decode_case(encoded, sandbox, source.config, job.num_labels)
+    max_pixels = source.limits.max_case_pixels
+    decoded = decode_case(encoded, sandbox, source.config, job.num_labels, max_pixels=max_pixels)
     if digest is not None and decoded.digest != digest:
         message = "the case is not what it was when the index was made"
         mark_unusable(decoded, BadImage(ErrorClass.CHANGED_DURING_RUN, message))

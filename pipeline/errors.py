@@ -42,6 +42,7 @@ class ErrorClass(StrEnum):
     # the image among its neighbours, and against the model
     SLICE_SHAPE_MISMATCH = "SliceShapeMismatch"
     CHANNEL_MISMATCH = "ChannelMismatch"
+    CASE_TOO_LARGE = "CaseTooLarge"
     NON_FINITE_LOGITS = "NonFiniteLogits"
     # the reference mask
     MISSING_IMAGE = "MissingImage"

@@ -114,7 +114,9 @@ def read_pixels(night: Night, rows: Sequence[Mapping[str, Any]]) -> dict[str, Pi
             decoded = (
                 None
                 if encoded is None
-                else decode_case(encoded, sandbox, source.config, num_labels)
+                else decode_case(
+                    encoded, sandbox, source.config, num_labels, max_pixels=limits.max_case_pixels
+                )
             )
             for row in wanted:
                 found[row["image_id"]] = _pixels(source, decoded, row)

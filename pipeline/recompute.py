@@ -107,7 +107,10 @@ def _masks_of(
     if encoded is None or encoded.digest() != case_digest:
         return None
     bundle = predictor.bundle
-    decoded = decode_case(encoded, sandbox, source.config, len(bundle.labels))
+    max_pixels = source.limits.max_case_pixels
+    decoded = decode_case(
+        encoded, sandbox, source.config, len(bundle.labels), max_pixels=max_pixels
+    )
     (predicted,) = predict_cases([decoded], predictor)
     rows = finish_case(predicted, bundle.recipe, bundle.labels).masks
     return {row["image_id"]: row["mask_sha256"] for row in rows}

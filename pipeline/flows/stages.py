@@ -174,7 +174,13 @@ class PredictStage:
                 memory_bytes=limits.decode_memory_bytes,
             )
         started = time.monotonic()
-        decoded = decode_case(case, self._thread.sandbox, self._job.config.source, self._num_labels)
+        decoded = decode_case(
+            case,
+            self._thread.sandbox,
+            self._job.config.source,
+            self._num_labels,
+            max_pixels=limits.max_case_pixels,
+        )
         self._decode_s.append(time.monotonic() - started)
         return decoded
 

@@ -21,6 +21,7 @@ from pipeline.formats.source import (
     Format,
     Listing,
     Source,
+    cap_cases,
     list_source,
     read_case,
     read_file,
@@ -36,7 +37,8 @@ def list_shards(source: Source, counted: Callable[[int], None] | None = None) ->
     keys_of = pattern_keys(config.images, config.masks) if config.images else _each_file_a_case
     entries = [_entry(info) for info in list_source(source, counted)]
     expected = bool(config.masks) and config.references == "auto"
-    cases, ignored = group_cases(entries, keys_of, masks_expected=expected)
+    grouped, ignored = group_cases(entries, keys_of, masks_expected=expected)
+    cases = cap_cases(source, grouped)
     num_buckets = source.num_buckets or _choose_buckets(cases)
     buckets: dict[int, list[CaseRef]] = defaultdict(list)
     for case in cases:

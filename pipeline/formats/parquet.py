@@ -20,6 +20,7 @@ from pipeline.formats.source import (
     Listing,
     Source,
     broken_shard,
+    cap_cases,
     checked_spacing,
     read_archive,
     read_case,
@@ -143,7 +144,7 @@ def _cases(source: Source, file: pq.ParquetFile, layout: str, shard: Shard) -> l
                 spacing_mm=spacing_mm,
             )
         )
-    return unique_cases(cases)
+    return cap_cases(source, unique_cases(cases))
 
 
 def _locator(shard: Shard, row: int, item: int) -> Locator:

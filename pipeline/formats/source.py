@@ -173,6 +173,25 @@ def unique_cases(cases: Sequence[CaseRef]) -> list[CaseRef]:
     return unique
 
 
+def cap_cases(source: Source, cases: Sequence[CaseRef]) -> list[CaseRef]:
+    """The cases, with every slice of one that would not fit into memory as CaseTooLarge."""
+    return [_capped(case, source.limits.max_case_bytes) for case in cases]
+
+
+def _capped(case: CaseRef, max_bytes: int) -> CaseRef:
+    if case.size_bytes <= max_bytes:
+        return case
+    message = (
+        f"the {len(case.slices)} slices of its case have {case.size_bytes} bytes, over the limit of "
+        f"{max_bytes}; is one case really one image or volume?"
+    )
+    problem = Problem(error_class=ErrorClass.CASE_TOO_LARGE, message=message)
+    slices = tuple(
+        replace(item, problem=problem) if is_usable(item.problem) else item for item in case.slices
+    )
+    return replace(case, slices=slices)
+
+
 def checked_spacing(values: object) -> tuple[tuple[float, ...] | None, Problem | None]:
     """A stored spacing as (z, y, x) or (y, x) in mm; what is wrong with it, where it is not one."""
     if not values:

@@ -33,6 +33,7 @@ from pipeline.formats.source import (
     Listing,
     Source,
     broken_shard,
+    cap_cases,
     checked_spacing,
     list_source,
     read_archive,
@@ -171,7 +172,7 @@ def list_cases(source: Source, shard: Shard) -> list[CaseRef]:
     keys_of = pattern_keys(config.images, config.masks) if config.images else _webdataset_keys
     expected = None if config.references == "auto" else False
     grouped, _ = group_cases(entries, keys_of, masks_expected=expected)
-    return unique_cases([*cases, *grouped])
+    return cap_cases(source, unique_cases([*cases, *grouped]))
 
 
 def _name(source: Source, path: str) -> str:

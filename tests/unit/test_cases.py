@@ -48,8 +48,8 @@ def sandbox():
         yield opened
 
 
-def decode(case, sandbox, labels=1, **config):
-    return decode_case(case, sandbox, SourceConfig(**config), labels)
+def decode(case, sandbox, labels=1, max_pixels=1 << 30, **config):
+    return decode_case(case, sandbox, SourceConfig(**config), labels, max_pixels=max_pixels)
 
 
 def predicted_as_reference(decoded):
@@ -143,6 +143,20 @@ def test_pages_become_slices_with_names_of_their_own(sandbox):
     decoded = decode(case, sandbox)
     assert [record.name for record in decoded.slices] == list("01234")
     assert np.array_equal(decoded.volume_ZHWC[..., 0], PHANTOM.volume_ZHW)
+
+
+def test_a_case_of_too_many_pixels_keeps_a_row_for_each_slice(sandbox):
+    def change(slices):
+        slices[-1].problem = Problem(error_class=ErrorClass.EMPTY_FILE, message="no bytes")
+
+    case = encoded_case(change)
+    area = PHANTOM.mask_ZHW[0].size
+    decoded = decode(case, sandbox, max_pixels=2 * area)
+    reasons = [record.problem.error_class for record in decoded.slices]
+    assert reasons == [ErrorClass.CASE_TOO_LARGE] * (len(reasons) - 1) + [ErrorClass.EMPTY_FILE]
+    assert (decoded.volume_ZHWC, decoded.references) == (None, [])
+    whole = decode(case, sandbox, max_pixels=area * (len(reasons) - 1))
+    assert len(whole.usable) == len(reasons) - 1
 
 
 def test_measures_of_a_case(sandbox):

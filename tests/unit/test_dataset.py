@@ -208,7 +208,7 @@ def test_training_and_inference_see_the_same_tensor_bit_for_bit(indexed):
     with open_sandbox(job.source.limits) as sandbox:
         ready = read_ready(job, path, ref, sandbox)
         (encoded,) = FORMATS["folder"].read_cases(job.source, path, [ref])
-        decoded = decode_case(encoded, sandbox, job.source.config, 1)
+        decoded = decode_case(encoded, sandbox, job.source.config, 1, max_pixels=1 << 30)
     prepared = predictor.prepare(decoded.volume_ZHWC)
     training = torch.from_numpy(ready.ready_ZHWC).permute(0, 3, 1, 2)
     assert torch.equal(training, prepared.images_ZCHW)

@@ -293,6 +293,26 @@ def test_rubbish_named_tar_is_one_bad_row(tmp_path):
     }
 
 
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_a_case_too_large_to_hold_is_not_fetched_and_its_neighbours_are(tmp_path, form):
+    names = ["big/0.png", "big/1.png", "small/0.png"]
+    if form == "tar":
+        make_tar(tmp_path / "a.tar", [(name, PICTURE) for name in names])
+    for name in names if form == "folder" else ():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURE)
+    limits = LimitsConfig(max_case_bytes=2 * len(PICTURE) - 1)
+    images = "{case}/{slice}.png"
+    found = problems(open_here(tmp_path, limits, images=images))
+    assert found == {
+        "big/0": ErrorClass.CASE_TOO_LARGE,
+        "big/1": ErrorClass.CASE_TOO_LARGE,
+        "small/0": None,
+    }
+    enough = LimitsConfig(max_case_bytes=2 * len(PICTURE))
+    assert set(problems(open_here(tmp_path, enough, images=images)).values()) == {None}
+
+
 # Parquet
 
 
