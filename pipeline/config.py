@@ -429,10 +429,16 @@ class TrainResourceConfig:
     """Decoding threads of each worker, each with a sandboxed decoder process."""
     max_failures: int = 3
     """How often workers may die before training ends; it can then still be resumed."""
+    stall_timeout_s: float = 1800.0
+    """How long workers wait for one of them, before all are started anew."""
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.threads < 0 or self.readers < 1 or self.max_failures < 0:
             raise ConfigError("resources: workers, threads, max_failures >= 0, readers >= 1")
+        if not 1 <= self.stall_timeout_s < math.inf:
+            raise ConfigError(
+                f"resources.stall_timeout_s must be 1 or more, not {self.stall_timeout_s:g}"
+            )
         if self.threads > 1024 or self.readers > 256:
             raise ConfigError(
                 f"resources: {self.threads} threads or {self.readers} readers is absurd"

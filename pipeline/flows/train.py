@@ -5,6 +5,7 @@ dies; what each of them does is `pipeline.training`. Checkpoints are ours: Ray's
 their final name, and a reused run name would silently go on with another configuration.
 """
 
+import math
 import os
 import shutil
 import threading
@@ -323,7 +324,10 @@ def _make_trainer(job: TrainJob, crew: Crew, board: Any) -> Any:
     return TorchTrainer(
         _work,
         train_loop_config={"job": job, "board": board, "threads": crew.threads},
-        torch_config=TorchConfig(backend="nccl" if crew.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if crew.use_gpu else "gloo",
+            timeout_s=math.ceil(job.config.resources.stall_timeout_s),
+        ),
         scaling_config=ScalingConfig(
             num_workers=cast(
                 Any, (crew.min_workers, crew.num_workers) if elastic else crew.num_workers

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,26 @@ def test_killed_worker_killed_driver_and_resume_give_the_unbroken_losses(
     assert resumed["mean_dice"] == result["mean_dice"]
     weights = [load_bundle(one["bundle"]).weights_sha256 for one in (resumed, result)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.storm
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_stuck_is_replaced(unbroken, reseg, phantoms, tmp_path):
+    config, whole, _ = unbroken
+    out, impatient = tmp_path / "out", tmp_path / "impatient.toml"
+    impatient.write_text(config.read_text() + "stall_timeout_s = 15\n")
+    driver = start(reseg, phantoms, out, impatient)
+    wait_for(lambda: 2 <= len(losses_of(out)) < 12)
+    stuck = wait_for(lambda: train_workers(driver.pid))[1]
+    os.kill(stuck, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        finish(driver)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stuck, signal.SIGKILL)
+    print(f"\nended {time.monotonic() - stopped:.0f} s after a worker stopped")
+    assert losses_of(out) == whole
 
 
 @pytest.mark.storm
