@@ -1,33 +1,54 @@
 """What `reseg submit` and `reseg jobs` share: reading a command to be sent, following a job."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from jobs._options import _Terminated
+from jobs._options import _Terminated, source_values
+from jobs._placement import placement_values
 from pipeline.flows.submission import KINDS, Given
 
 if TYPE_CHECKING:
     from pipeline.flows.jobserver import Job, JobServer
+
+_OF_SUBMIT = ("--follow", "--gpus", "--print", "--image", "--schedule", "--allow-unauthenticated")
 
 cluster_option = click.option(
     "--address", help="URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS."
 )
 
 
-def parse(name: str, arguments: Sequence[str]) -> tuple[list[Given], set[str]]:
-    """The parameters of a command as given, checked by that command, and the names of all it has.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """A command's parameters as given, the names of all that it has, and what those that say how
+    files become cases and where the network runs mean as keys of its configuration."""
+
+    given: tuple[Given, ...]
+    parameters: frozenset[str]
+    values: Mapping[str, Any]
+
+
+def parse(name: str, arguments: Sequence[str]) -> Parsed:
+    """Read the arguments of a command that is to be sent, checked as that command checks them.
 
     Places count as given where they have a default, which would be another folder elsewhere.
-    Raises click.UsageError.
+    Raises click.UsageError, ConfigError.
     """
-    path = click.get_current_context().command_path
     command: click.Command = getattr(import_module(f"jobs.{name}"), "command")  # noqa: B009
-    context = command.make_context(f"{path} ... {name}", list(arguments))
+    try:
+        context = command.make_context(f"reseg {name}", list(arguments))
+    except click.NoSuchOption as error:
+        if error.option_name not in _OF_SUBMIT:
+            raise
+        flag = error.option_name
+        raise click.UsageError(
+            f"{flag} comes before the command: reseg submit {flag} ... {name} ...", error.ctx
+        ) from None
     known = {parameter.name: parameter for parameter in command.params}
     given = []
     for key, value in context.params.items():
@@ -38,7 +59,21 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[list[Given], set[str]]:
         flag = parameter.opts[-1] if isinstance(parameter, click.Option) else ""
         values = value if isinstance(value, tuple) else () if value is True else (value,)
         given.append(Given(name=key, flag=flag, values=tuple(str(item) for item in values)))
-    return given, {str(key) for key in known}
+    return Parsed(
+        given=tuple(given),
+        parameters=frozenset(map(str, known)),
+        values=_values(name, context.params),
+    )
+
+
+def _values(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    values = source_values(dict(options))
+    if "nodes_like" in options:
+        table = "segment.resources" if name == "nightly" else "resources"
+        values |= placement_values(dict(options), table)
+    if "max_bad_share" in options:
+        values["max_bad_share"] = options["max_bad_share"]
+    return values
 
 
 def say_how(server: "JobServer", job_id: str) -> None:
@@ -63,8 +98,9 @@ def follow_job(server: "JobServer", job_id: str, *, to_stderr: bool = False) -> 
     try:
         job = follow(server, job_id, write, note)
     except KeyboardInterrupt as interrupt:
-        _leave_or_stop(server, job_id)
-        sys.exit(143 if isinstance(interrupt, _Terminated) else 130)
+        terminated = isinstance(interrupt, _Terminated)
+        _leave_or_stop(server, job_id, ask=not terminated)  # who ends us does not answer
+        sys.exit(143 if terminated else 130)
     code = job.true_exit_code()
     if job.status == "FAILED" and job.exit_code is None:
         note((job.message.strip().splitlines() or ["it failed before it began"])[-1][:300])
@@ -72,11 +108,11 @@ def follow_job(server: "JobServer", job_id: str, *, to_stderr: bool = False) -> 
     return job
 
 
-def _leave_or_stop(server: "JobServer", job_id: str) -> None:
+def _leave_or_stop(server: "JobServer", job_id: str, *, ask: bool) -> None:
     from pipeline.flows.jobserver import stop_and_wait
 
     stop = False
-    if sys.stdin.isatty() and sys.stderr.isatty():
+    if ask and sys.stdin.isatty() and sys.stderr.isatty():
         try:
             stop = click.confirm("\nStop the job too?", default=False, err=True)
         except (click.Abort, KeyboardInterrupt):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     "doctor", epilog="Exit codes: 0 no problem (warnings are none), 1 problems, 2 wrong request."
 )
 @click.argument("locations", nargs=-1, metavar="[LOCATION]...")
-@click.option("--address", help="HOST:PORT of a Ray cluster; default: RAY_ADDRESS, or none.")
+@click.option("--address", help="HOST:PORT of a Ray cluster, or the URL of its dashboard.")
 @click.option("--bundle", default="", metavar="FOLDER", help="A trained network to load.")
 @click.option("--dashboard", default="", metavar="URL", help="Ray's dashboard, if not found.")
 @click.option(
@@ -33,7 +33,8 @@ def command(locations: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     Versions, GPUs, decoder, memory, disk, clocks, who gets in without a token; and for each
     LOCATION, a folder or s3:// URI of sources or results, that all of them reach it and that
-    commits are safe there.
+    commits are safe there. Given a URL, as http://HEAD:8265, a job looks at the cluster from there.
+    Without --address it is that of RAY_ADDRESS, if any.
     """
     from pipeline.flows.doctor import run_doctor
     from pipeline.telemetry import Progress

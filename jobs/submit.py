@@ -45,16 +45,23 @@ def command(name: str, arguments: tuple[str, ...], **options: Any) -> None:
     from pipeline.planning import operator
 
     check_command(name)
-    given, parameters = parse(name, arguments)
-    if options["manifest"] and {"max_gpus", "workers"} & parameters:
+    _check_together(options)
+    parsed = parse(name, arguments)
+    if options["manifest"] and {"max_gpus", "workers"} & parsed.parameters:
         options["num_gpus"] = options["num_gpus"] or 1
-    limits = {"parameters": parameters, "num_gpus": options["num_gpus"]}
-    submission = make_submission(name, given, inline=bool(options["manifest"]), **limits)
+    submission = make_submission(
+        name,
+        parsed.given,
+        parameters=parsed.parameters,
+        values=parsed.values,
+        num_gpus=options["num_gpus"],
+        inline=bool(options["manifest"]),
+    )
     if options["manifest"]:
+        if options["schedule"] and any(item.name == "run_id" for item in parsed.given):
+            raise click.UsageError("--run-id and --schedule: each night is a run of its own")
         click.echo(_manifest(submission, options), nl=False)
         return
-    if options["image"] or options["schedule"]:
-        raise click.UsageError("--image and --schedule go with --print kubernetes")
     url = find_url(options["address"])
     if is_clear_text(url):
         click.echo(f"warning: {url} is not encrypted, nor is the token; take a tunnel", err=True)
@@ -68,6 +75,16 @@ def command(name: str, arguments: tuple[str, ...], **options: Any) -> None:
         sys.exit(ended.true_exit_code())
     print_json(told) if options["as_json"] else click.echo(f"Submitted {job.id}.")
     say_how(server, job.id)
+
+
+def _check_together(options: dict[str, Any]) -> None:
+    if options["manifest"]:
+        for name in ("follow", "address", "as_json", "allow_open"):
+            if options[name]:
+                flag = {"as_json": "json", "allow_open": "allow-unauthenticated"}.get(name, name)
+                raise click.UsageError(f"--{flag} has no meaning with --print, which sends nothing")
+    elif options["image"] or options["schedule"]:
+        raise click.UsageError("--image and --schedule go with --print kubernetes")
 
 
 def _warn(submission: "Submission") -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -27,6 +28,8 @@ def parse_mask_values(text: str) -> dict[int, int]:
 
 
 _MOST = 100_000_000
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL.pattern}")
 """Of anything that is counted in a configuration: more is a slip of the finger."""
 
 
@@ -141,6 +144,12 @@ class ResourceConfig:
             raise ConfigError(
                 "resources.actors and resources.max_gpus cannot be negative, resources.decoders is >= 1"
             )
+        for key, value in self.nodes_like.items():
+            if not (_LABEL_KEY.fullmatch(key) and _LABEL.fullmatch(str(value))):
+                raise ConfigError(
+                    f"resources.nodes_like: {f'{key}={value}'!r} is no label of a node: letters, "
+                    "digits and . _ - inside, at most 63, as market-type=spot"
+                )
         if self.stall_timeout_s <= 0:
             raise ConfigError("resources.stall_timeout_s must be above 0")
         if min(self.wait_for_nodes_s, self.straggler_factor, self.straggler_floor_s) < 0:

@@ -351,6 +351,9 @@ def _judge_folder(folder: Folder, evidence: Evidence) -> Finding:
             "mount the same file system on both, not a copy or an overlay of it",
         )
     shared = f"is shared by {others} and this machine, both ways" if workers else "can be written"
+    if folder.is_new:
+        seen = f"{place} does not exist yet; the folder that would hold it {shared}"
+        return _warning("folders", seen, "fine for results that are new; a source must be there")
     return _ok("folders", f"{place} {shared}")
 
 

@@ -55,6 +55,7 @@ _RANGES_AHEAD = 4
 _PATIENCE_S, _FIRST_PATIENCE_S = 300.0, 12.0
 _REQUEST_S = 60
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 8.0
+_NOT_SHOWN = re.compile(r"//[^/]*@|[?#].*", re.DOTALL)
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _STATUS = re.compile(r"\b([1-5][0-9]{2}) [A-Z][A-Za-z]")
 _CREDENTIALS = frozenset(
@@ -104,6 +105,11 @@ def split(uri: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
+def shown(location: str) -> str:
+    """A location for a message: without credentials, or a query that might be a signature."""
+    return _NOT_SHOWN.sub(lambda found: "//***@" if found[0].startswith("//") else "?***", location)
+
+
 def check_location(scheme: str, location: str) -> None:
     """Refuse a scheme that is not served, and an endpoint that is no place for images.
 
@@ -113,7 +119,7 @@ def check_location(scheme: str, location: str) -> None:
     if scheme not in SCHEMES or scheme not in allowed:
         served = ", ".join(f"{name}://" for name in SCHEMES if name in allowed)
         raise ConfigError(
-            f"{location!r}: the scheme {scheme!r} is not served; use a path"
+            f"{shown(location)!r}: the scheme {scheme!r} is not served; use a path"
             + (f" or {served}" if served else "; RESEG_SCHEMES allows no other")
         )
     endpoint = endpoint_of(scheme)
@@ -134,6 +140,10 @@ def _check_endpoint(endpoint: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = "with a password in it" if "@" in endpoint else repr(endpoint)
         raise ConfigError(f"the endpoint {shown} is not of the form https://host[:port]")
+    if parts.query or parts.fragment:
+        raise ConfigError(
+            f"the endpoint of {parts.hostname} ends in a query; leave out what follows ?"
+        )
     if parts.username or parts.password:
         raise ConfigError(
             f"the endpoint of {parts.hostname} holds a user name; credentials belong in "

@@ -51,10 +51,14 @@ def resolve(location: str) -> str:
     Raises ConfigError for a scheme that is not served, an endpoint that must not be used, and for a
     URI with query, credentials or `..` in it.
     """
+    if not location.strip():
+        raise ConfigError("a path is empty (a variable that is not set?); . is the current folder")
     scheme, separator, rest = location.partition("://")
     if _HALF_A_URI.match(location):
-        meant = location.replace(":/", "://", 1)
-        raise ConfigError(f"{location!r} is neither a path nor a URI; did you mean {meant}?")
+        meant = objectstore.shown(location.replace(":/", "://", 1))
+        raise ConfigError(
+            f"{objectstore.shown(location)!r} is neither a path nor a URI; did you mean {meant}?"
+        )
     if not separator:
         return os.path.abspath(os.path.expanduser(location))
     if scheme == "file":
@@ -63,10 +67,17 @@ def resolve(location: str) -> str:
     bucket, _, key = rest.partition("/")
     parts = key.strip("/").split("/")
     if not bucket or "@" in bucket or any(c in rest for c in "?#") or {"..", "."} & set(parts):
-        raise ConfigError(f"{location!r} is not of the form {scheme}://bucket/prefix")
+        raise ConfigError(
+            f"{objectstore.shown(location)!r} is not of the form {scheme}://bucket/prefix"
+        )
     if "" in parts[:-1]:
         raise ConfigError(f"{location!r} holds an empty folder name (//)")
     return f"{scheme}://{bucket}/{'/'.join(parts)}".rstrip("/")
+
+
+def shown(location: str) -> str:
+    """A location for a message: without credentials, or a query that might be a signature."""
+    return objectstore.shown(location)
 
 
 def is_remote(uri: str) -> bool:

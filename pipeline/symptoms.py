@@ -71,7 +71,8 @@ class Folder:
 
     folder: where the probe lies; the parent of a location that is still to be created. token: name
     and content of the probe; empty where none could be written, for the reason in `failure`.
-    seen: what the location holds, as a hash, to be compared where there is no probe.
+    seen: what the location holds, as a hash, to be compared where there is no probe. is_new: it is
+    still to be created.
     """
 
     location: str
@@ -79,6 +80,7 @@ class Folder:
     token: str = ""
     seen: str = ""
     failure: str = ""
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +274,7 @@ def plant(location: str) -> Folder:
         token = f".reseg-probe-{secrets.token_hex(8)}"
         try:
             _leave(storage.join(folder, token), token)
-            return Folder(location=location, folder=folder, token=token)
+            return Folder(location=location, folder=folder, token=token, is_new=folder != location)
         except OSError as error:
             reason = brief(error)
     return Folder(location=location, folder=folder, seen=_contents(location), failure=reason)

@@ -124,11 +124,15 @@ def format_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> s
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells), 0) for i, name in enumerate(names)]
     lines = ["  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))]
+    right = [
+        all(line[i][:1].isdigit() or line[i] in ("-", "") for line in cells)
+        for i in range(len(names))
+    ]
     for line in cells:
         lines.append(
             "  ".join(
-                cell.rjust(width) if cell[:1].isdigit() or cell == "-" else cell.ljust(width)
-                for cell, width in zip(line, widths, strict=True)
+                cell.rjust(width) if to_the_right else cell.ljust(width)
+                for cell, width, to_the_right in zip(line, widths, right, strict=True)
             )
         )
     return "\n".join(line.rstrip() for line in lines)

@@ -29,7 +29,12 @@ from pipeline.flows.placement import (
 from pipeline.telemetry import Report, silent
 
 _POLL_S = 1.0
-_CONNECT_HINT = "is a Ray cluster running there, and is its token in RAY_AUTH_TOKEN_PATH?"
+_LOG = logging.getLogger("reseg")
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_CONNECT_HINT = (
+    "is a Ray cluster running there? One that asks for a token takes it from RAY_AUTH_TOKEN_PATH, "
+    "and only with RAY_AUTH_MODE=token"
+)
 
 
 @contextmanager
@@ -43,6 +48,8 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if (address or os.environ.get("RAY_ADDRESS")) and any(map(os.environ.get, _TOKEN_VARIABLES)):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # who names a token means to show it
     import ray
     import ray.data
 
@@ -50,7 +57,7 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
         _be_quiet()
         yield
         return
-    address = address or _address_of_environment()
+    address = _checked(address, "--address") or _address_of_environment()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
@@ -66,6 +73,8 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
                 )
     except Exception as error:  # noqa: BLE001  (a slow start is a bare Exception of Ray's)
         brief = (str(error).splitlines() or [""])[0]
+        if "Failed to connect to Ray cluster" in brief:  # names an address that nobody gave
+            brief = "no head answers there that lets us in"
         if address is None:
             raise StageFailed(
                 f"Ray did not start on this machine: {brief or type(error).__name__}; where it is "
@@ -98,14 +107,19 @@ def _environment_of_workers() -> dict[str, Any]:
 
 
 def _address_of_environment() -> str | None:
-    address = os.environ.get("RAY_ADDRESS") or None
-    if address is not None and address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS is {address}, the URL of a dashboard, which only takes jobs: `reseg submit` "
-            "sends one there; to compute from here set it to the head's address, as HEAD:6379, or "
-            "unset it"
-        )
+    address = _checked(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     return None if address == "local" else address
+
+
+def _checked(address: str | None, name: str) -> str | None:
+    """The address of a head, None for none. Raises ConfigError for that of a dashboard."""
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{name} is {storage.shown(address)}, the URL of a dashboard, which only takes jobs: "
+            "`reseg submit` sends one there; to compute from here it is the head's address, as "
+            "HEAD:6379, or none"
+        )
+    return address or None
 
 
 def _check_reachable(address: str) -> None:
@@ -251,9 +265,16 @@ def wait_for_places(
     started = time.monotonic()
     try:
         while (waited := time.monotonic() - started) < limit_s:
-            report(0, 1, f"waiting for {what}", f"{waited:.0f} s")
             if ray.wait([ready], timeout=_POLL_S)[0]:
                 return
+            if waited < _POLL_S:
+                _LOG.warning(
+                    "reseg: there is no room yet for %s; waiting up to %.0f s (resources."
+                    "wait_for_nodes_s) for an autoscaler, or you, to start one",
+                    what,
+                    limit_s,
+                )
+            report(0, 1, f"waiting for {what}", f"{waited:.0f} of {limit_s:.0f} s")
     finally:
         remove_placement_group(group)
     raise StageFailed(

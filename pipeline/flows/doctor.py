@@ -1,6 +1,8 @@
 """`reseg doctor`: ask every node of a cluster what it sees, and this machine, and judge it."""
 
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,13 +13,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import storage, symptoms
-from pipeline.diagnosis import Clock, Evidence, Finding, Node, diagnose
+from pipeline.diagnosis import LEVELS, Clock, Evidence, Finding, Node, diagnose
 from pipeline.errors import ConfigError
 from pipeline.flows.cluster import connect
+from pipeline.flows.jobserver import connect_server
+from pipeline.flows.submission import Submission
+from pipeline.planning import new_run_id, operator
 from pipeline.symptoms import Folder, Request
 from pipeline.telemetry import Report, silent
 
 HERE = "this machine"
+_THERE = "the head"  # where a job's own process runs
+_TOLD = re.compile(r"^\{$.*?^\}$", re.MULTILINE | re.DOTALL)
+_JOB_S = 60.0
+_POLL_S = 0.5
 _ALONE = ("versions", "machine", "gpus", "decoder", "token")
 _ON_NODES = ("versions", "machine", "gpus", "decoder", "token")
 _AS_DRIVER = ("versions", "token")
@@ -53,7 +62,8 @@ class Diagnosis:
             where += f" and {len(self.nodes):,} node{'s' if len(self.nodes) > 1 else ''}"
         problems, warnings = self.count("problem"), self.count("warning")
         if problems or warnings:
-            return f"{_number(problems, 'problem')} and {_number(warnings, 'warning')} on {where}."
+            told = f"{_number(problems, 'problem')} and {_number(warnings, 'warning')} on {where}."
+            return told[0].upper() + told[1:]
         checks = dict.fromkeys(finding.check for finding in self.findings)
         return f"All is well on {where}: {', '.join(checks)}."
 
@@ -85,20 +95,25 @@ def run_doctor(
 ) -> Diagnosis:
     """Check this machine, and every node of the cluster at `address` (or RAY_ADDRESS), if any.
 
-    locations: paths and URIs of sources and results that all of them must reach. timeout_s: for the
+    By the URL of a dashboard only jobs get in, so one looks at the nodes, and at the locations, from
+    there. locations: paths and URIs of sources and results that all of them must reach. timeout_s: for the
     answer of the slowest node. Raises ConfigError for a request that makes no sense, and where no
     cluster answers.
     """
     started = time.monotonic()
     uris = tuple(dict.fromkeys(storage.resolve(location) for location in locations))
+    bundle = storage.resolve(bundle) if bundle else ""
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if urlsplit(address or "").scheme in ("http", "https"):
-        address, dashboard = None, dashboard or str(address)
     _check_dashboard(dashboard)
+    if address is not None and urlsplit(address).scheme in ("http", "https"):
+        nodes, findings = _examine_by_job(address, uris, bundle, timeout_s, report)
+        return Diagnosis(
+            address=address, nodes=nodes, findings=findings, seconds=time.monotonic() - started
+        )
     request = Request(
         looks=(),
         stores=tuple(uri for uri in uris if storage.is_remote(uri)),
-        bundle=storage.resolve(bundle) if bundle else "",
+        bundle=bundle,
         dashboard=dashboard.rstrip("/"),
         timeout_s=timeout_s * _LOOKS_SHARE,
     )
@@ -165,6 +180,53 @@ def _examine_alone(request: Request) -> Evidence:
         dashboard=request.dashboard,
         ranges=symptoms.supported_ranges(),
     )
+
+
+def _examine_by_job(
+    url: str, uris: Sequence[str], bundle: str, timeout_s: float, report: Report
+) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
+    """Names of the nodes, and findings: of this machine and the dashboard, and of a doctor sent there.
+
+    Raises ConfigError where the dashboard does not take the job.
+    """
+    server = connect_server(url, allow_open=True)
+    request = Request(looks=(), dashboard=server.url, timeout_s=timeout_s * _LOOKS_SHARE)
+    mine = [replace(item, seen=f"here: {item.seen}") for item in diagnose(_examine_alone(request))]
+    words = ["--json", "--timeout", f"{timeout_s:g}", *(["--bundle", bundle] if bundle else [])]
+    submission = Submission(
+        command="doctor", words=(*words, "--", *uris), name=f"doctor-{new_run_id()}"
+    )
+    job = server.submit(submission, operator())
+    started = time.monotonic()
+    while not job.ended and (waited_s := time.monotonic() - started) < timeout_s + _JOB_S:
+        report(0, 1, "asking nodes, by a job", f"{waited_s:.0f} s")
+        time.sleep(_POLL_S)
+        job = server.job(job.id)
+    if not job.ended:
+        server.stop(job.id)
+    log = server.log(job.id)
+    told = _TOLD.search(log)
+    if told is None:
+        last = ([line for line in log.splitlines() if line.strip()] or [job.message or job.status])[
+            -1
+        ]
+        failed = Finding(
+            level="problem",
+            check="nodes",
+            seen=f"the doctor could not be run there: {last[:300]}",
+            advice=f"mend that first; its log: reseg jobs logs {job.id} --address {url}",
+        )
+        return (), tuple(_sorted([failed, *mine]))
+    values = json.loads(told[0])
+    theirs = [
+        Finding(**{key: text.replace(HERE, _THERE) for key, text in item.items()})
+        for item in values["findings"]
+    ]
+    return tuple(values["nodes"]), tuple(_sorted([*theirs, *mine]))
+
+
+def _sorted(findings: Iterable[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _examine_cluster(request: Request, timeout_s: float, report: Report) -> Evidence:

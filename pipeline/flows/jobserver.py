@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast
 from urllib.parse import quote, urlsplit
 
 import pipeline
+from pipeline import storage
 from pipeline.errors import ConfigError, ResegError, StageFailed
 from pipeline.flows.submission import Submission, free_id, job_environment, refusal
 
@@ -105,6 +106,11 @@ def find_url(address: str | None, environment: Mapping[str, str] = os.environ) -
     if address is None:
         candidates = [environment.get(name, "") for name in _ADDRESS_VARIABLES]
         found = next((c for c in candidates if c.startswith(("http://", "https://"))), None)
+        if not found and candidates[0]:
+            raise ConfigError(
+                f"RAY_API_SERVER_ADDRESS={storage.shown(candidates[0])} is not the URL of a "
+                "dashboard, as http://HEAD:8265"
+            )
     if not found:
         raise ConfigError(
             "no cluster is named: give --address http://HEAD:8265, its dashboard, or set "
@@ -117,8 +123,9 @@ def find_url(address: str | None, environment: Mapping[str, str] = os.environ) -
     except ValueError:
         well_formed = False
     if not well_formed or parts.query or parts.fragment:
-        shown = found if "@" not in found else "an address with a user name or password"
-        raise ConfigError(f"--address {shown!r} is not the URL of a dashboard, as http://HEAD:8265")
+        raise ConfigError(
+            f"--address {storage.shown(found)!r} is not the URL of a dashboard, as http://HEAD:8265"
+        )
     return found.rstrip("/")
 
 
@@ -197,7 +204,9 @@ def _ask_version(url: str, headers: Mapping[str, str]) -> Any:
             timeout=_PROBE_TIMEOUT_S,
             allow_redirects=False,
         )
-    except requests.exceptions.SSLError:
+    except requests.exceptions.SSLError as error:
+        if "CERTIFICATE" not in str(error).upper():
+            raise ConfigError(f"{url} does not speak TLS; is it http://?") from None
         raise ConfigError(
             f"the certificate of {url} is not trusted here; name its authority's file in "
             "REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
@@ -311,6 +320,11 @@ class JobServer:
                 if text is None:
                     return
                 yield text
+        except aiohttp.ClientSSLError:  # of a kind that requests has taken
+            raise ConfigError(
+                f"the certificate of {self.url} is not trusted by what reads logs; name its "
+                "authority's file in SSL_CERT_FILE, as in REQUESTS_CA_BUNDLE"
+            ) from None
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise ServerLost(_brief(error)) from None
         finally:
@@ -427,7 +441,7 @@ def _be_patient(
             f"`reseg jobs logs {job_id} --follow` will show"
         )
     if waited_s == 0:
-        note("the connection is lost; trying again")
+        note(f"the connection is lost ({lost}); trying again")
 
 
 class _LogReader:

@@ -2,7 +2,7 @@
 
 Nothing is packed by accident. Of files only a configuration and its table of groups travel; other
 paths become absolute and must be shared. Of the environment only the names listed by `storage`
-travel, and RESEG_ variables without a secret, because whoever may ask Ray reads a job's environment.
+and here travel, because whoever may ask Ray reads a job's environment.
 Nothing here talks to a cluster; `jobserver` does.
 """
 
@@ -21,13 +21,14 @@ import pipeline
 from pipeline import storage
 from pipeline.config import SegmentConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
+from pipeline.formats.patterns import pattern_keys
 from pipeline.policy import NightlyConfig
 
 _MAX_FILES_BYTES = 1 << 20
 _STOP_WAIT_S = 150
 """A training that is stopped writes a checkpoint first; Ray by itself would kill it after 3 s."""
-_CREDENTIALS = re.compile(r"//[^/?#]*@")
-_SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential")
+_MORE_THAN_A_PLACE = re.compile(r"//[^/?#]*@|//.*[?#]")
+_OUR_VARIABLES = ("RESEG_LOG", "RESEG_PROGRESS_S", "RESEG_TRACEBACK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +121,14 @@ def make_submission(
     given: Iterable[Given],
     *,
     parameters: Collection[str],
+    values: Mapping[str, Any] | None = None,
     num_gpus: int | None = None,
     inline: bool = False,
 ) -> Submission:
     """Make a command portable, and find the name under which a cluster will know it.
 
     given: its parameters; defaults only where they are places. parameters: the names of all that it
-    has. num_gpus: the most GPUs to use. inline: no file can travel, so a configuration becomes
+    has. values: what some of them mean as keys of its configuration, to be checked. num_gpus: the most GPUs to use. inline: no file can travel, so a configuration becomes
     `--set` options. Raises ConfigError.
     """
     kind = check_command(command)
@@ -141,7 +143,7 @@ def make_submission(
             known[name] = _moved(known[name])
     run_id = _choose_run_id(known.pop("run_id", None)) if has_runs else None
     files: dict[str, bytes] = {}
-    config = _read_config(kind, known)
+    config = _read_config(kind, known, values or {})
     if config is not None:
         known = _carry_config(config, known, files, inline=inline)
     if num_gpus is not None:
@@ -217,13 +219,15 @@ def _limit_gpus(
 # Configuration
 
 
-def _read_config(kind: Kind, known: Mapping[str, Given]) -> Any:
+def _read_config(kind: Kind, known: Mapping[str, Given], values: Mapping[str, Any]) -> Any:
     """The configuration, so that a mistake in it is told here and now. Raises ConfigError."""
     if kind.config is None:
         return None
     path = known["config_path"].values[0] if "config_path" in known else None
     assignments = known["assignments"].values if "assignments" in known else ()
-    config = load_config(kind.config, path, assignments)
+    config = load_config(kind.config, path, assignments, values)
+    source = getattr(config, "segment", config).source
+    pattern_keys(source.images, source.masks)
     if kind is KINDS["nightly"]:
         config.check_places()
     return config
@@ -328,31 +332,24 @@ def _look_up(config: Any, dotted: str) -> Any:
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a job gets: where stores are, our own, the version that is to run.
+    """The variables that a job gets: where stores are, how it tells of itself, the version to run.
 
     Keys and tokens stay where they are: a cluster's machines have a role of their own. Raises
-    ConfigError for an endpoint with a password in it.
+    ConfigError for an address with more in it than a place.
     """
-    chosen = {
-        name: value
-        for name, value in environment.items()
-        if name in storage.PUBLIC_VARIABLES or _is_ours(name)
-    }
+    names = (*storage.PUBLIC_VARIABLES, *_OUR_VARIABLES)
+    chosen = {name: environment[name] for name in names if name in environment}
     for name, value in chosen.items():
-        if _CREDENTIALS.search(value):
+        if _MORE_THAN_A_PLACE.search(value):
             raise ConfigError(
-                f"{name} holds a user name or a password, and a job's environment can be read by "
-                "others; give the cluster's machines a role, and the address without them"
+                f"{name} holds a user name, a password or a query, and a job's environment can be "
+                "read by others; give the cluster's machines a role, and the address without them"
             )
     chosen.setdefault("RESEG_PROGRESS_S", "30")
     return chosen | {
         "RESEG_VERSION": pipeline.__version__,
         "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
     }
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith("RESEG_") and not _SECRET_NAME.search(name)
 
 
 def check_version(environment: Mapping[str, str] = os.environ) -> None:

@@ -86,6 +86,26 @@ def test_without_the_token_nobody_gets_in(head, run, work, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_doctor_looks_at_the_cluster_through_its_dashboard(run, head, tmp_path):
+    done = run("doctor", "--address", head.url, "--json", tmp_path, tmp_path / "to-come")
+    told = json.loads(done.stdout)
+    assert len(told["nodes"]) == 1, done.stdout
+    seen = [finding["seen"] for finding in told["findings"]]
+    assert f"{tmp_path} is shared by 1 node and the head, both ways" in seen
+    assert any("to-come does not exist yet" in text for text in seen)
+    assert sum(text.startswith("here: ") for text in seen) >= 3
+    missing = run("doctor", "--address", head.url, "--json", tmp_path / "no" / "folder")
+    assert missing.returncode == 1 and "nor does the folder" in missing.stdout
+
+
+def test_who_names_a_token_shows_it_to_the_head_too(run, head, work, tmp_path):
+    """And is told which address is for what."""
+    done = run("doctor", "--address", head.address, tmp_path)
+    assert "1 node answered" in done.stdout, done.stdout + done.stderr
+    url = run(*work[0], "--address", head.url)
+    assert url.returncode == 2 and "`reseg submit`" in url.stderr
+
+
 def test_the_exit_code_is_true_and_a_failed_run_may_go_again(run, work, tmp_path, monkeypatch):
     """From a configuration that travels; its own exit code 2, which Ray's client would make a 1."""
     (tmp_path / "night.toml").write_text(

@@ -38,6 +38,8 @@ def test_precedence_is_file_then_set_then_options(tmp_path):
         ("limits.max_pixels=-1", "above 0"),
         ("source.mask_values='255:1'", "not of the form 0=0,255=1"),
         ("source.spacing_mm=[1.0]", "in mm, not"),
+        ("resources.nodes_like={'bad key!' = 'v'}", "is no label of a node"),
+        ("resources.nodes_like={key = '!spot'}", "is no label of a node"),
     ],
 )
 def test_wrong_values_are_named(assignment, words):

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline import storage, symptoms
-from pipeline.diagnosis import Clock, Evidence, Node, diagnose
+from pipeline.diagnosis import Clock, Evidence, Node, diagnose, judge_folders
 from pipeline.errors import ConfigError
 from pipeline.flows.doctor import run_doctor
 from pipeline.symptoms import Folder, Request
@@ -365,6 +365,9 @@ def test_a_shared_folder_is_answered_and_left_as_it_was(tmp_path):
 def test_results_that_do_not_exist_yet_are_probed_in_their_parent(tmp_path):
     folder = symptoms.plant(str(tmp_path / "results"))
     assert folder.token in os.listdir(tmp_path)
+    alone = Evidence(nodes=(Node(name="here", driver=True),), folders=(folder,))
+    (finding,) = judge_folders(alone)
+    assert (finding.level, "does not exist yet" in finding.seen) == ("warning", True)
     symptoms.unplant(folder)
     assert os.listdir(tmp_path) == []
     assert "does not exist" in symptoms.plant(str(tmp_path / "no" / "results")).failure

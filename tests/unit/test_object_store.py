@@ -296,6 +296,7 @@ def test_a_wrong_address_is_told_in_seconds(monkeypatch):
         "http://[fe80::1]:9000",
         "ftp://store",
         "https://key:secret@store.example",
+        "https://store.example/?sig=secret",
     ],
 )
 def test_endpoints_that_are_no_place_for_images_are_refused(monkeypatch, endpoint):
@@ -319,11 +320,17 @@ def test_endpoints_that_are_no_place_for_images_are_refused(monkeypatch, endpoin
         "s3://bucket/a//b",
         "s3://bucket/a?versionId=1",
         "gopher://bucket",
+        "",
+        " ",
+        "s3://bucket/a?X-Amz-Signature=hidden",
+        "gs://KEY:hidden@bucket/a",
+        "ftp://me:hidden@host/x",
     ],
 )
-def test_other_schemes_and_odd_uris_are_refused(location):
-    with pytest.raises(ConfigError):
+def test_other_schemes_and_odd_uris_are_refused_and_what_may_be_a_secret_not_told(location):
+    with pytest.raises(ConfigError) as raised:
         storage.resolve(location)
+    assert "hidden" not in str(raised.value)
 
 
 def test_schemes_can_be_narrowed(monkeypatch):

@@ -32,8 +32,9 @@ def submit(command, *arguments, **options):
     """As the command line does, up to sending."""
     submission.check_command(command)
     with click.Context(click.Command("submit"), info_name="reseg submit"):
-        given, parameters = parse(command, arguments)
-    return make_submission(command, given, parameters=parameters, **options)
+        parsed = parse(command, arguments)
+    options |= {"parameters": parsed.parameters, "values": parsed.values}
+    return make_submission(command, parsed.given, **options)
 
 
 @pytest.fixture
@@ -87,6 +88,13 @@ def test_what_looks_like_an_option_stays_what_it_was():
         (["segment", "a", "b", "--bundle", "c", "--run-id", "a/b"], ConfigError, "--run-id"),
         (["segment", "a", "b", "--bundle", "c", "--set", "x=1"], ConfigError, "unknown key 'x'"),
         (["segment", "a", "b", "--bundle", "c", "--address", "h:1"], ConfigError, "comes before"),
+        (["segment", "a", "", "--bundle", "c"], ConfigError, "a path is empty"),
+        (["segment", "a", "b", "--bundle", "c", "--follow"], click.UsageError, "comes before"),
+        (["segment", "a", "b", "--bundle", "c", "--max-bad-share", "7"], ConfigError, "0 and 1"),
+        (["segment", "a", "b", "--bundle", "c", "--images", "{foo}"], ConfigError, "{foo}"),
+        (["train", "a", "b", "--mask-values", "a=b"], ConfigError, "not of the form 0=0"),
+        (["segment", "a", "b", "--bundle", "c", "--nodes-like", "x"], ConfigError, "KEY=VALUE"),
+        (["nightly", "--nodes-like", "bad key!=v"], ConfigError, "is no label of a node"),
         (["nightly"], ConfigError, "source is not said"),
         (["nightly", "--config", "none.toml"], ConfigError, "cannot read"),
     ],
@@ -236,6 +244,7 @@ def test_the_environment_carries_addresses_and_no_secret():
         "AWS_SESSION_TOKEN": "CANARY",
         "RAY_AUTH_TOKEN": "CANARY",
         "RESEG_API_TOKEN": "CANARY",
+        "RESEG_OF_SOMEBODY": "CANARY",
         "RESEG_TRACEBACK": "1",
         "HOME": "/root",
     }
@@ -244,9 +253,10 @@ def test_the_environment_carries_addresses_and_no_secret():
     assert sent["AWS_ENDPOINT_URL"] == "http://store:8333" and sent["RESEG_TRACEBACK"] == "1"
     assert sent["RESEG_VERSION"] == pipeline.__version__
     assert not sent.keys() & {"HOME", "RAY_AUTH_TOKEN"}
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL holds a user name") as raised:
-        job_environment({"AWS_ENDPOINT_URL": "http://me:hidden@store"})
-    assert "hidden" not in str(raised.value)
+    for endpoint in ("http://me:hidden@store", "http://store/?sig=hidden", "http://store#hidden"):
+        with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL holds a user name") as raised:
+            job_environment({"AWS_ENDPOINT_URL": endpoint})
+        assert "hidden" not in str(raised.value)
 
 
 def test_a_job_ends_at_once_on_a_cluster_of_another_version():
@@ -285,9 +295,12 @@ def test_the_address_is_the_dashboards():
     for address in ("h:8265", "ray://h:10001", "http://", "http://h:x", "http://h/?a=b"):
         with pytest.raises(ConfigError, match="not the URL"):
             find_url(address, {})
-    with pytest.raises(ConfigError) as raised:
-        find_url("http://me:hidden@h", {})
-    assert "hidden" not in str(raised.value)
+    for address in ("http://me:hidden@h", "http://h/?token=hidden"):
+        with pytest.raises(ConfigError) as raised:
+            find_url(address, {})
+        assert "hidden" not in str(raised.value)
+    with pytest.raises(ConfigError, match="RAY_API_SERVER_ADDRESS=h:8265 is not the URL"):
+        find_url(None, {"RAY_API_SERVER_ADDRESS": "h:8265"})
     with pytest.raises(ConfigError, match="no cluster is named"):
         find_url(None, {"RAY_ADDRESS": "h:6379"})
     assert is_clear_text("http://head:8265") and is_clear_text("http://127.evil.example")
@@ -375,6 +388,23 @@ def test_another_ray_another_server_and_no_server_are_sentences(monkeypatch, bar
         connect_server(url)
     with pytest.raises(ConfigError, match="no Ray dashboard answers"):
         connect_server(url)
+    with dashboard(None) as (url, _), pytest.raises(ConfigError, match="does not speak TLS"):
+        connect_server(url.replace("http:", "https:"))
+
+
+def test_a_certificate_that_only_the_log_reader_distrusts_is_told_at_once(monkeypatch, bare_server):
+    import aiohttp
+
+    class Client:
+        async def tail_job_logs(self, job_id):
+            raise aiohttp.ClientConnectorCertificateError(None, ValueError("self-signed"))
+            yield
+
+    server = jobserver.JobServer("https://h", {}, "1")
+    server._client = Client()
+    monkeypatch.setattr(server, "job", lambda _: JOB, raising=False)
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+        list(server.tail("n"))
 
 
 # To its end
@@ -430,7 +460,7 @@ def test_a_log_is_written_once_though_the_connection_was_lost():
     job = follow(server, "n", written.append, notes.append, pause=pauses.append)
     assert "".join(written) == "one\ntwo\nthree\n"
     assert job.true_exit_code() == 3
-    assert notes == ["the connection is lost; trying again"]
+    assert notes == ["the connection is lost (gone); trying again"]
     assert pauses == [1.0, 2.0]
 
 
@@ -515,9 +545,12 @@ def test_ctrl_c_on_a_terminal_asks(answer, stopped, monkeypatch, capsys):
     assert (ending.value.code, server.stopped) == (130, stopped)
 
 
-def test_sigterm_leaves_the_job_and_ends_as_terminated():
+def test_sigterm_leaves_the_job_and_asks_nobody_even_on_a_terminal(monkeypatch):
     from jobs._options import _Terminated
 
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: pytest.fail("asked"))
     with pytest.raises(SystemExit) as ending:
         follow_job(FakeServer([[_Terminated()]], [JOB]), "n")
     assert ending.value.code == 143
@@ -543,4 +576,9 @@ def test_a_manifest_is_printed_and_nobody_is_asked(here, monkeypatch):
     assert run[:3] == ["python", "-m", "jobs.nightly"]
     assert "--run-id" not in run and 'results="/r"' in run
     assert "--image" in CliRunner().invoke(command, [*words[:2], "vacuum", "/r"]).output
+    for more in ("--json", "--follow", "--allow-unauthenticated"):
+        out = CliRunner().invoke(command, [*words, more, "nightly", "--config", "n.toml"])
+        assert out.exit_code == 2 and f"{more} has no meaning with --print" in out.output
+    named = CliRunner().invoke(command, [*words, "nightly", "--config", "n.toml", "--run-id", "n"])
+    assert named.exit_code == 2 and "a run of its own" in named.output
     assert json.dumps(manifest)

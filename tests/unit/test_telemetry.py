@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from pipeline.telemetry import Progress
+from pipeline.telemetry import Progress, format_table
 
 
 class Terminal(io.StringIO):
@@ -35,3 +35,12 @@ def test_a_terminal_has_one_line_that_is_rewritten():
     progress.close()
     assert stream.getvalue().split("\r")[1].startswith("12,000 files listed")
     assert stream.getvalue().endswith(f"shards [{'#' * 24}] 1/1\n")
+
+
+def test_a_column_is_aligned_as_a_whole():
+    rows = [{"id": "7-night", "n": 1}, {"id": "evening-2", "n": None}, {"id": "x", "n": 10}]
+    assert format_table(rows, ["id", "n"]).splitlines()[1:] == [
+        "7-night     1",
+        "evening-2   -",
+        "x          10",
+    ]
