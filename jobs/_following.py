@@ -10,7 +10,6 @@ import click
 from click.core import ParameterSource
 
 from jobs._options import _Terminated, source_values
-from jobs._placement import placement_values
 from pipeline.flows.submission import KINDS, Given
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ cluster_option = click.option(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsed:
-    """A command's parameters as given, the names of all that it has, and what those that say how
-    files become cases and where the network runs mean as keys of its configuration."""
+    """A command's parameters as given, the names of all that it has, and what they mean as keys of
+    its configuration."""
 
     given: tuple[Given, ...]
     parameters: frozenset[str]
@@ -39,7 +38,8 @@ def parse(name: str, arguments: Sequence[str]) -> Parsed:
     Places count as given where they have a default, which would be another folder elsewhere.
     Raises click.UsageError, ConfigError.
     """
-    command: click.Command = getattr(import_module(f"jobs.{name}"), "command")  # noqa: B009
+    module: Any = import_module(f"jobs.{name}")
+    command: click.Command = module.command
     try:
         context = command.make_context(f"reseg {name}", list(arguments))
     except click.NoSuchOption as error:
@@ -62,18 +62,8 @@ def parse(name: str, arguments: Sequence[str]) -> Parsed:
     return Parsed(
         given=tuple(given),
         parameters=frozenset(map(str, known)),
-        values=_values(name, context.params),
+        values=getattr(module, "config_values", source_values)(dict(context.params)),
     )
-
-
-def _values(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    values = source_values(dict(options))
-    if "nodes_like" in options:
-        table = "segment.resources" if name == "nightly" else "resources"
-        values |= placement_values(dict(options), table)
-    if "max_bad_share" in options:
-        values["max_bad_share"] = options["max_bad_share"]
-    return values
 
 
 def say_how(server: "JobServer", job_id: str) -> None:

@@ -59,7 +59,8 @@ def logs(job_id: str, follow: bool, address: str | None) -> None:
 def stop(job_id: str, address: str | None, as_json: bool) -> None:
     """End a job politely, and say how it ended.
 
-    The same submit takes its run up again. The job gets SIGTERM, time to write a checkpoint (two and a half minutes), and only then SIGKILL.
+    The same submit takes its run up again. The job gets SIGTERM, time to write a checkpoint (two
+    and a half minutes), and only then SIGKILL.
     """
     from pipeline.flows.jobserver import connect_server, stop_and_wait
 

@@ -39,7 +39,7 @@ def command(as_json: bool, **options: Any) -> None:
     from pipeline.policy import NightlyConfig
     from pipeline.telemetry import Progress
 
-    values = placement_values(options, "segment.resources")
+    values = config_values(options)
     config = load_config(NightlyConfig, options["config_path"], options["assignments"], values)
     progress = Progress(quiet=as_json)
     try:
@@ -51,6 +51,11 @@ def command(as_json: bool, **options: Any) -> None:
     print_json(outcome.to_plain()) if as_json else print_night(outcome, config.results)
     if outcome.refused and outcome.verdict is not None:
         raise GateRefused(f"not published: {outcome.verdict.sentence}")
+
+
+def config_values(options: dict[str, Any]) -> dict[str, Any]:
+    """What the options mean as keys of the configuration."""
+    return placement_values(options, "segment.resources")
 
 
 if __name__ == "__main__":

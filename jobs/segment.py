@@ -49,13 +49,7 @@ def command(source: str, results: str, bundle: str, as_json: bool, **options: An
     from pipeline.flows.segment import run_segment
     from pipeline.telemetry import Progress
 
-    values = source_values(options) | placement_values(options, "resources")
-    values |= {
-        "max_bad_share": options["max_bad_share"],
-        "resources.actors": options["actors"],
-        "resources.device": options["device"],
-        "inference.batch_size": options["batch_size"],
-    }
+    values = config_values(options)
     config = load_config(SegmentConfig, options["config_path"], options["assignments"], values)
     shared = {key: options[key] for key in ("run_id", "limit", "address")}
     progress = Progress(quiet=as_json)
@@ -64,6 +58,18 @@ def command(source: str, results: str, bundle: str, as_json: bool, **options: An
     finally:
         progress.close()
     print_json(summary.to_plain()) if as_json else print_summary(summary, results)
+
+
+def config_values(options: dict[str, Any]) -> dict[str, Any]:
+    """What the options mean as keys of the configuration."""
+    return {
+        **source_values(options),
+        **placement_values(options, "resources"),
+        "max_bad_share": options["max_bad_share"],
+        "resources.actors": options["actors"],
+        "resources.device": options["device"],
+        "inference.batch_size": options["batch_size"],
+    }
 
 
 if __name__ == "__main__":

@@ -44,13 +44,7 @@ def command(source: str, out: str, as_json: bool, **options: Any) -> None:
     from pipeline.flows.train import run_train
     from pipeline.telemetry import Progress
 
-    values = source_values(options) | {
-        "model.init": options["init"],
-        "epochs": options["epochs"],
-        "resources.workers": options["workers"],
-        "resources.device": options["device"],
-        "also": list(options["also"]) or None,
-    }
+    values = config_values(options)
     config = load_config(TrainConfig, options["config_path"], options["assignments"], values)
     progress = Progress(quiet=as_json)
     try:
@@ -58,6 +52,18 @@ def command(source: str, out: str, as_json: bool, **options: Any) -> None:
     finally:
         progress.close()
     print_json(result) if as_json else print_training(result)
+
+
+def config_values(options: dict[str, Any]) -> dict[str, Any]:
+    """What the options mean as keys of the configuration."""
+    return {
+        **source_values(options),
+        "model.init": options["init"],
+        "epochs": options["epochs"],
+        "resources.workers": options["workers"],
+        "resources.device": options["device"],
+        "also": list(options["also"]) or None,
+    }
 
 
 if __name__ == "__main__":

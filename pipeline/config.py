@@ -28,9 +28,9 @@ def parse_mask_values(text: str) -> dict[int, int]:
 
 
 _MOST = 100_000_000
+"""Of anything that is counted in a configuration: more is a slip of the finger."""
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]{{1,253}}/)?{_LABEL.pattern}")
-"""Of anything that is counted in a configuration: more is a slip of the finger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

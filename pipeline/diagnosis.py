@@ -92,8 +92,12 @@ class Evidence:
 
 def diagnose(evidence: Evidence) -> list[Finding]:
     """All findings, problems first."""
-    found = [finding for judge in JUDGES for finding in judge(evidence)]
-    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+    return in_order(finding for judge in JUDGES for finding in judge(evidence))
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings, problems first."""
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def judge_answers(evidence: Evidence) -> list[Finding]:

@@ -138,8 +138,9 @@ def _check_endpoint(endpoint: str) -> None:
     """Link-local addresses hold the machine's own credentials; a name may lead there too."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        shown = "with a password in it" if "@" in endpoint else repr(endpoint)
-        raise ConfigError(f"the endpoint {shown} is not of the form https://host[:port]")
+        raise ConfigError(
+            f"the endpoint {shown(endpoint)!r} is not of the form https://host[:port]"
+        )
     if parts.query or parts.fragment:
         raise ConfigError(
             f"the endpoint of {parts.hostname} ends in a query; leave out what follows ?"
@@ -247,10 +248,7 @@ def _persist(what: str, uri: str, ask: Callable[[Any, str], T]) -> T:
         except FileNotFoundError as error:
             _reached.add(bucket)
             if "NoSuchBucket" in str(error):
-                raise ConfigError(
-                    f"there is no bucket {bucket!r} for {uri}; are its name, the endpoint and the "
-                    "region right?"
-                ) from None
+                raise _no_bucket(uri) from None
             raise
         except Exception as error:  # noqa: BLE001  (obstore's errors share no public root)
             reason = _reason(error)
@@ -311,9 +309,8 @@ def _raise_lasting(reason: _Reason, error: BaseException, what: str, uri: str) -
             f"the object store refuses the credentials ({reason.text}) at {what} {uri}; renew them "
             "in the environment or in the machine's role, then give the same command again"
         ) from None
-    if (
-        reason.none_found and split(uri)[1] not in _reached
-    ):  # else the role's service has a bad minute
+    is_first = split(uri)[1] not in _reached  # else the role's service has a bad minute
+    if reason.none_found and is_first:
         raise ConfigError(
             f"there are no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for "
             "Azure AZURE_STORAGE_ACCOUNT_NAME and _KEY), or give the machine a role"
@@ -325,11 +322,16 @@ def _raise_lasting(reason: _Reason, error: BaseException, what: str, uri: str) -
             f"an object below {uri} has a name that cannot be read: {_invalid_path(error)}; rename it"
         ) from None
     if reason.code == "NoSuchBucket":
-        raise ConfigError(
-            f"there is no bucket for {uri}; are its name, the endpoint and the region right?"
-        ) from None
+        raise _no_bucket(uri) from None
     if reason.code in _LASTING or kind == "UnknownConfigurationKeyError":
         raise ConfigError(f"the object store refuses {what} {uri}: {reason.text}") from None
+
+
+def _no_bucket(uri: str) -> ConfigError:
+    return ConfigError(
+        f"there is no bucket {split(uri)[1]!r} for {uri}; are its name, the endpoint and the region "
+        "right?"
+    )
 
 
 def _invalid_path(error: BaseException) -> str:

@@ -21,11 +21,11 @@ from typing import BinaryIO, TypeVar, cast
 
 from pipeline import objectstore
 from pipeline.errors import ConfigError, SourceError
-from pipeline.objectstore import PUBLIC_VARIABLES, Changed
+from pipeline.objectstore import PUBLIC_VARIABLES, Changed, shown
 
 T = TypeVar("T")
 
-__all__ = ["PUBLIC_VARIABLES", "Changed"]
+__all__ = ["PUBLIC_VARIABLES", "Changed", "shown"]
 
 _HALF_A_URI = re.compile(r"(?:s3|gs|az|https?|file):/(?!/)")
 
@@ -55,10 +55,8 @@ def resolve(location: str) -> str:
         raise ConfigError("a path is empty (a variable that is not set?); . is the current folder")
     scheme, separator, rest = location.partition("://")
     if _HALF_A_URI.match(location):
-        meant = objectstore.shown(location.replace(":/", "://", 1))
-        raise ConfigError(
-            f"{objectstore.shown(location)!r} is neither a path nor a URI; did you mean {meant}?"
-        )
+        meant = shown(location.replace(":/", "://", 1))
+        raise ConfigError(f"{shown(location)!r} is neither a path nor a URI; did you mean {meant}?")
     if not separator:
         return os.path.abspath(os.path.expanduser(location))
     if scheme == "file":
@@ -67,17 +65,10 @@ def resolve(location: str) -> str:
     bucket, _, key = rest.partition("/")
     parts = key.strip("/").split("/")
     if not bucket or "@" in bucket or any(c in rest for c in "?#") or {"..", "."} & set(parts):
-        raise ConfigError(
-            f"{objectstore.shown(location)!r} is not of the form {scheme}://bucket/prefix"
-        )
+        raise ConfigError(f"{shown(location)!r} is not of the form {scheme}://bucket/prefix")
     if "" in parts[:-1]:
         raise ConfigError(f"{location!r} holds an empty folder name (//)")
     return f"{scheme}://{bucket}/{'/'.join(parts)}".rstrip("/")
-
-
-def shown(location: str) -> str:
-    """A location for a message: without credentials, or a query that might be a signature."""
-    return objectstore.shown(location)
 
 
 def is_remote(uri: str) -> bool:

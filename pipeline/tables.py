@@ -205,11 +205,13 @@ def _checked_metadata(reader: BinaryIO, name: str, uri: str) -> pq.FileMetaData:
 
 def _footer(reader: BinaryIO, size_bytes: int) -> bytes:
     """The footer of a Parquet file with its length and magic number; less if it is cut."""
-    start = max(0, size_bytes - _TAIL_BYTES)
-    reader.seek(start)
-    tail = reader.read()
-    length = int.from_bytes(tail[-_END_BYTES:][:4], "little") + _END_BYTES
-    if length > len(tail) and length <= size_bytes:
+
+    def last(length: int) -> bytes:
         reader.seek(size_bytes - length)
-        tail = reader.read()
+        return reader.read(length)  # without a length it would be read in many small requests
+
+    tail = last(min(_TAIL_BYTES, size_bytes))
+    length = int.from_bytes(tail[-_END_BYTES:][:4], "little") + _END_BYTES
+    if len(tail) < length <= size_bytes:
+        tail = last(length)
     return tail[-length:]

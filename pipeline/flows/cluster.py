@@ -32,8 +32,8 @@ _POLL_S = 1.0
 _LOG = logging.getLogger("reseg")
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _CONNECT_HINT = (
-    "is a Ray cluster running there? One that asks for a token takes it from RAY_AUTH_TOKEN_PATH, "
-    "and only with RAY_AUTH_MODE=token"
+    "is a Ray cluster running there, and, if it asks for a token, is it this one's that is in the "
+    "file that RAY_AUTH_TOKEN_PATH names?"
 )
 
 
@@ -57,7 +57,7 @@ def connect(address: str | None, wanted_cpus: int, object_store_bytes: int = 0) 
         _be_quiet()
         yield
         return
-    address = _checked(address, "--address") or _address_of_environment()
+    address = _of_head(address, "--address") or _address_of_environment()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
@@ -107,11 +107,11 @@ def _environment_of_workers() -> dict[str, Any]:
 
 
 def _address_of_environment() -> str | None:
-    address = _checked(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
+    address = _of_head(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     return None if address == "local" else address
 
 
-def _checked(address: str | None, name: str) -> str | None:
+def _of_head(address: str | None, name: str) -> str | None:
     """The address of a head, None for none. Raises ConfigError for that of a dashboard."""
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(

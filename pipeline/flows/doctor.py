@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import storage, symptoms
-from pipeline.diagnosis import LEVELS, Clock, Evidence, Finding, Node, diagnose
+from pipeline.diagnosis import Clock, Evidence, Finding, Node, diagnose, in_order
 from pipeline.errors import ConfigError
 from pipeline.flows.cluster import connect
 from pipeline.flows.jobserver import connect_server
@@ -96,8 +96,8 @@ def run_doctor(
     """Check this machine, and every node of the cluster at `address` (or RAY_ADDRESS), if any.
 
     By the URL of a dashboard only jobs get in, so one looks at the nodes, and at the locations, from
-    there. locations: paths and URIs of sources and results that all of them must reach. timeout_s: for the
-    answer of the slowest node. Raises ConfigError for a request that makes no sense, and where no
+    there. locations: paths and URIs of sources and results that all of them must reach. timeout_s:
+    for the answer of the slowest node. Raises ConfigError for a request that makes no sense, and where no
     cluster answers.
     """
     started = time.monotonic()
@@ -106,6 +106,8 @@ def run_doctor(
     address = address or os.environ.get("RAY_ADDRESS") or None
     _check_dashboard(dashboard)
     if address is not None and urlsplit(address).scheme in ("http", "https"):
+        if dashboard:
+            raise ConfigError("--dashboard goes with --address HOST:PORT; a URL is the dashboard")
         nodes, findings = _examine_by_job(address, uris, bundle, timeout_s, report)
         return Diagnosis(
             address=address, nodes=nodes, findings=findings, seconds=time.monotonic() - started
@@ -207,26 +209,20 @@ def _examine_by_job(
     log = server.log(job.id)
     told = _TOLD.search(log)
     if told is None:
-        last = ([line for line in log.splitlines() if line.strip()] or [job.message or job.status])[
-            -1
-        ]
+        lines = [line for line in (job.status, job.message, *log.splitlines()) if line.strip()]
         failed = Finding(
             level="problem",
             check="nodes",
-            seen=f"the doctor could not be run there: {last[:300]}",
+            seen=f"the doctor could not be run there: {lines[-1][:300]}",
             advice=f"mend that first; its log: reseg jobs logs {job.id} --address {url}",
         )
-        return (), tuple(_sorted([failed, *mine]))
+        return (), tuple(in_order([failed, *mine]))
     values = json.loads(told[0])
     theirs = [
         Finding(**{key: text.replace(HERE, _THERE) for key, text in item.items()})
         for item in values["findings"]
     ]
-    return tuple(values["nodes"]), tuple(_sorted([*theirs, *mine]))
-
-
-def _sorted(findings: Iterable[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+    return tuple(values["nodes"]), tuple(in_order([*theirs, *mine]))
 
 
 def _examine_cluster(request: Request, timeout_s: float, report: Report) -> Evidence:

@@ -27,7 +27,6 @@ from pipeline.policy import NightlyConfig
 _MAX_FILES_BYTES = 1 << 20
 _STOP_WAIT_S = 150
 """A training that is stopped writes a checkpoint first; Ray by itself would kill it after 3 s."""
-_MORE_THAN_A_PLACE = re.compile(r"//[^/?#]*@|//.*[?#]")
 _OUR_VARIABLES = ("RESEG_LOG", "RESEG_PROGRESS_S", "RESEG_TRACEBACK")
 
 
@@ -128,8 +127,8 @@ def make_submission(
     """Make a command portable, and find the name under which a cluster will know it.
 
     given: its parameters; defaults only where they are places. parameters: the names of all that it
-    has. values: what some of them mean as keys of its configuration, to be checked. num_gpus: the most GPUs to use. inline: no file can travel, so a configuration becomes
-    `--set` options. Raises ConfigError.
+    has. values: what they mean as keys of its configuration, to be checked. num_gpus: the most GPUs
+    to use. inline: no file can travel, so a configuration becomes `--set` options. Raises ConfigError.
     """
     kind = check_command(command)
     known = {item.name: item for item in given}
@@ -220,13 +219,15 @@ def _limit_gpus(
 
 
 def _read_config(kind: Kind, known: Mapping[str, Given], values: Mapping[str, Any]) -> Any:
-    """The configuration, so that a mistake in it is told here and now. Raises ConfigError."""
+    """The configuration of the file and `--set`; a mistake in it, or in `values`, is told here and
+    now. Raises ConfigError."""
     if kind.config is None:
         return None
     path = known["config_path"].values[0] if "config_path" in known else None
     assignments = known["assignments"].values if "assignments" in known else ()
-    config = load_config(kind.config, path, assignments, values)
-    source = getattr(config, "segment", config).source
+    config = load_config(kind.config, path, assignments)
+    whole = load_config(kind.config, path, assignments, values)
+    source = getattr(whole, "segment", whole).source
     pattern_keys(source.images, source.masks)
     if kind is KINDS["nightly"]:
         config.check_places()
@@ -340,7 +341,7 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     names = (*storage.PUBLIC_VARIABLES, *_OUR_VARIABLES)
     chosen = {name: environment[name] for name in names if name in environment}
     for name, value in chosen.items():
-        if _MORE_THAN_A_PLACE.search(value):
+        if "://" in value and storage.shown(value) != value:
             raise ConfigError(
                 f"{name} holds a user name, a password or a query, and a job's environment can be "
                 "read by others; give the cluster's machines a role, and the address without them"

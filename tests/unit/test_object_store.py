@@ -6,13 +6,14 @@ import socket
 import threading
 import time
 
+import pyarrow as pa
 import pytest
 from object_store import KEY, SECRET, SIGNATURE, upload
 
-from pipeline import delta, lock, objectstore, results, runs, storage
+from pipeline import delta, lock, objectstore, results, runs, storage, tables
 from pipeline.errors import CommitConflict, ConfigError, StoreFailed
 from pipeline.formats import FORMATS, open_source
-from pipeline.records import CaseRef
+from pipeline.records import SHARD_COLUMNS, CaseRef
 
 
 @pytest.fixture
@@ -470,6 +471,17 @@ def test_patience_is_a_number_of_seconds(bucket, monkeypatch, value):
     monkeypatch.setenv("RESEG_STORE_PATIENCE_S", value)
     with pytest.raises(ConfigError, match=f"RESEG_STORE_PATIENCE_S is '{value}'"):
         storage.read("s3://no-such-bucket-here/a")
+
+
+def test_the_check_of_a_footer_costs_no_request(proxy, bucket):
+    rows = pa.table({name: ["a" * 64] * 3 for name, _ in SHARD_COLUMNS})
+    rows = rows.append_column("mask", pa.array([os.urandom(300_000)] * 3))
+    rows = rows.append_column("image_id", pa.array(["a", "b", "c"]))
+    part = tables.write_part(bucket, "masks", rows, "a" * 64, "run")
+    proxy.requests.clear()
+    found = tables.read_part(bucket, "masks", part.path, ["image_id"])
+    assert found.column("image_id").to_pylist() == ["a", "b", "c"]
+    assert [request[0] for request in proxy.requests] == ["HEAD", "GET"]
 
 
 def test_missing_credentials_are_told_as_such(bucket, monkeypatch):

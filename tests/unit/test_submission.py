@@ -93,6 +93,7 @@ def test_what_looks_like_an_option_stays_what_it_was():
         (["segment", "a", "b", "--bundle", "c", "--max-bad-share", "7"], ConfigError, "0 and 1"),
         (["segment", "a", "b", "--bundle", "c", "--images", "{foo}"], ConfigError, "{foo}"),
         (["train", "a", "b", "--mask-values", "a=b"], ConfigError, "not of the form 0=0"),
+        (["train", "a", "b", "--workers", "3", "--set", "batch_size=2"], ConfigError, "batch"),
         (["segment", "a", "b", "--bundle", "c", "--nodes-like", "x"], ConfigError, "KEY=VALUE"),
         (["nightly", "--nodes-like", "bad key!=v"], ConfigError, "is no label of a node"),
         (["nightly"], ConfigError, "source is not said"),
@@ -271,9 +272,8 @@ def test_a_job_computes_on_the_cluster_that_ray_names(monkeypatch):
 
     from pipeline.flows.cluster import connect
 
-    monkeypatch.setattr(
-        ray, "is_initialized", lambda: False
-    )  # as other tests of this process left it
+    # as other tests of this process left it
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"cannot connect to Ray at '127\.0\.0\.1:1'"):
         connect(None, 1).__enter__()
